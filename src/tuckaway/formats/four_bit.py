@@ -1,0 +1,254 @@
+"""nf4 and fp4: two codes a byte, one scale a block of weights, the scales quantized again when nested.
+
+Bytes and keys are those of bitsandbytes' ``Linear4bit``, so a checkpoint goes both ways. Components:
+
+========================  =======  =========================  ====================================================
+``codes``                 uint8    ``[(n + 1) // 2]``         element 2i in the high nibble of byte i
+``absmax``                fp32     ``[ceil(n / blocksize)]``  uint8 when nested: codes of the scales
+``nested_absmax``         fp32     ``[ceil(blocks / 256)]``   nested only: scale of 256 scales
+``nested_offset``         fp32     ``[]``                     nested only: mean of all scales
+========================  =======  =========================  ====================================================
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import tuckaway_kernels  # noqa: F401  (registers torch.ops.tuckaway)
+from tuckaway_kernels.codebooks import codebook, dynamic_map
+
+from tuckaway.errors import CheckpointError
+from tuckaway.formats.base import Entries, Format, PieceQuantizer, Serialized, register
+from tuckaway.formats.layout import Components, Layout, Shape, Specs
+
+__all__ = ["NESTED_BLOCKSIZE", "FourBit"]
+
+NESTED_BLOCKSIZE = 256
+"""Scales that share one scale of their own; bitsandbytes writes no other."""
+
+_CPU = torch.device("cpu")
+
+
+class FourBit(Format):
+    """A format of 16 codes, known by its codebook."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def component_specs(self, layout: Layout) -> Specs:
+        blocks = math.ceil(layout.numel / layout.blocksize)
+        specs: Specs = {"codes": (((layout.numel + 1) // 2,), torch.uint8)}
+        if not layout.nested:
+            specs["absmax"] = ((blocks,), torch.float32)
+            return specs
+        specs["absmax"] = ((blocks,), torch.uint8)
+        specs["nested_absmax"] = ((math.ceil(blocks / NESTED_BLOCKSIZE),), torch.float32)
+        specs["nested_offset"] = ((), torch.float32)
+        return specs
+
+    def piece_alignment(self, layout: Layout) -> int:
+        return layout.blocksize
+
+    def quantizer(self, layout: Layout, components: Components) -> PieceQuantizer:
+        return _FourBitQuantizer(layout, components)
+
+    def dequantize(self, components: Components, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
+        return torch.ops.tuckaway.dequantize_4bit(
+            components["codes"],
+            self.absmax(components, layout),
+            self.name,
+            layout.blocksize,
+            list(layout.shape),
+            dtype,
+        )
+
+    def absmax(self, components: Components, layout: Layout) -> torch.Tensor:
+        if not layout.nested:
+            return components["absmax"]
+        return torch.ops.tuckaway.dequantize_nested(
+            components["absmax"], components["nested_absmax"], components["nested_offset"]
+        )
+
+    def linear(
+        self, x: torch.Tensor, components: Components, layout: Layout, bias: torch.Tensor | None, transpose: bool
+    ) -> torch.Tensor:
+        return torch.ops.tuckaway.linear_4bit(
+            x,
+            components["codes"],
+            components["absmax"],
+            components.get("nested_absmax"),
+            components.get("nested_offset"),
+            bias,
+            self.name,
+            layout.blocksize,
+            layout.rows,
+            layout.cols,
+            transpose,
+            layout.compute_dtype or x.dtype,
+        )
+
+    def embedding(
+        self, index: torch.Tensor, components: Components, layout: Layout, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return torch.ops.tuckaway.embedding_4bit(
+            index,
+            components["codes"],
+            components["absmax"],
+            components.get("nested_absmax"),
+            components.get("nested_offset"),
+            self.name,
+            layout.blocksize,
+            layout.rows,
+            layout.cols,
+            dtype,
+        )
+
+    def narrow(
+        self, components: Components, layout: Layout, start: int, shape: Shape
+    ) -> tuple[Components, Layout] | None:
+        count, size = math.prod(shape), layout.blocksize
+        stop = start + count
+        if start % size or (stop % size and stop != layout.numel):
+            return None
+        first, last = start // size, math.ceil(stop / size)
+        part = {"codes": components["codes"][start // 2 : (stop + 1) // 2]}
+        if not layout.nested:
+            part["absmax"] = components["absmax"][first:last]
+            return part, layout.with_shape(shape)
+        group = first // NESTED_BLOCKSIZE
+        head = group * NESTED_BLOCKSIZE
+        nested = {
+            "absmax": components["absmax"][head:last],
+            "nested_absmax": components["nested_absmax"][group : math.ceil(last / NESTED_BLOCKSIZE)],
+            "nested_offset": components["nested_offset"],
+        }
+        if first == head:
+            return {**part, **nested}, layout.with_shape(shape)
+        # the run begins inside a group of 256 scales: restore that group's and drop the scales before the run
+        part["absmax"] = self.absmax(nested, layout)[first - head :]
+        return part, replace(layout, shape=tuple(shape), nested=False)
+
+    def serialize(self, name: str, components: Components, layout: Layout) -> Components:
+        state: dict[str, object] = {
+            "quant_type": self.name,
+            "blocksize": layout.blocksize,
+            "dtype": str(layout.dtype).removeprefix("torch."),
+            "shape": list(layout.shape),
+        }
+        tensors = {
+            name: components["codes"].view(-1, 1),
+            f"{name}.absmax": components["absmax"],
+            f"{name}.quant_map": _stored_map(self.name),
+        }
+        if layout.nested:
+            tensors[f"{name}.nested_absmax"] = components["nested_absmax"]
+            tensors[f"{name}.nested_quant_map"] = dynamic_map(_CPU)
+            state["nested_blocksize"] = NESTED_BLOCKSIZE
+            state["nested_dtype"] = "float32"
+            state["nested_offset"] = float(components["nested_offset"])
+        blob = json.dumps(state).encode("ascii")
+        tensors[_state_key(name, self.name)] = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
+        return tensors
+
+    def find(self, name: str, entries: Entries, read: Callable[[str], torch.Tensor]) -> Serialized | None:
+        key = _state_key(name, self.name)
+        if key not in entries or name not in entries:
+            return None
+        state = _read_state(key, read)
+        try:
+            nested = "nested_offset" in state
+            layout = Layout(
+                format=self.name,
+                shape=tuple(int(n) for n in state["shape"]),  # type: ignore[attr-defined]
+                dtype=getattr(torch, str(state["dtype"])),
+                blocksize=int(state["blocksize"]),  # type: ignore[call-overload]
+                nested=nested,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"unreadable quantization state: {error!r}", where=key) from error
+        if nested and state.get("nested_blocksize") != NESTED_BLOCKSIZE:
+            raise CheckpointError(
+                f"nested scales in groups of {state.get('nested_blocksize')}, not {NESTED_BLOCKSIZE}", where=key
+            )
+        sources = {"codes": name, "absmax": f"{name}.absmax"}
+        values: Components = {}
+        maps = {f"{name}.quant_map": _stored_map(self.name)}
+        if nested:
+            sources["nested_absmax"] = f"{name}.nested_absmax"
+            values["nested_offset"] = torch.tensor(state["nested_offset"], dtype=torch.float32)
+            maps[f"{name}.nested_quant_map"] = dynamic_map(_CPU)
+        self._check(key, layout, sources, entries)
+        for map_name, expected in maps.items():
+            if map_name in entries and not torch.equal(read(map_name).float(), expected):
+                raise CheckpointError("a codebook other than the format's own", where=map_name)
+        present = frozenset(k for k in (*sources.values(), *maps, key) if k in entries)
+        return Serialized(layout, sources, values, present)
+
+    def _check(self, key: str, layout: Layout, sources: dict[str, str], entries: Entries) -> None:
+        specs = self.component_specs(layout)
+        for component, source in sources.items():
+            if source not in entries:
+                raise CheckpointError(f"{source!r} is missing beside the quantization state", where=key)
+            entry, (shape, dtype) = entries[source], specs[component]
+            # codes may be stored as any dtype (quant_storage): the bytes are the same
+            size = math.prod(entry.shape) * (entry.dtype.itemsize if component == "codes" else 1)
+            padded = math.ceil(shape[0] / entry.dtype.itemsize) * entry.dtype.itemsize if component == "codes" else shape[0]
+            if size not in {shape[0], padded} or (component != "codes" and dtype == torch.uint8 and entry.dtype != dtype):
+                raise CheckpointError(
+                    f"{list(entry.shape)} {entry.dtype} does not hold the {component} of {list(layout.shape)} weights",
+                    where=source,
+                )
+
+
+class _FourBitQuantizer(PieceQuantizer):
+    def __init__(self, layout: Layout, components: Components) -> None:
+        self.layout = layout
+        self.components = components
+        self.absmax = components["absmax"]
+        if layout.nested:
+            self.absmax = torch.empty(self.absmax.shape, dtype=torch.float32, device=self.absmax.device)
+
+    def write(self, start: int, piece: torch.Tensor) -> None:
+        size = self.layout.blocksize
+        stop = start + piece.numel()
+        torch.ops.tuckaway.quantize_4bit_out(
+            piece,
+            self.layout.format,
+            size,
+            self.components["codes"][start // 2 : (stop + 1) // 2],
+            self.absmax[start // size : math.ceil(stop / size)],
+        )
+
+    def finish(self) -> None:
+        if self.layout.nested:
+            nested = torch.ops.tuckaway.quantize_nested(self.absmax)
+            for key, value in zip(("absmax", "nested_absmax", "nested_offset"), nested, strict=True):
+                self.components[key].copy_(value)
+
+
+def _state_key(name: str, format: str) -> str:
+    return f"{name}.quant_state.bitsandbytes__{format}"
+
+
+def _read_state(key: str, read: Callable[[str], torch.Tensor]) -> dict[str, object]:
+    try:
+        state = json.loads(bytes(read(key).tolist()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"unreadable quantization state: {error}", where=key) from error
+    if not isinstance(state, dict):
+        raise CheckpointError("the quantization state is no JSON object", where=key)
+    return state
+
+
+def _stored_map(format: str) -> torch.Tensor:
+    values = codebook(format, _CPU)
+    # bitsandbytes stores +0.0 for fp4's code 8, though its kernels decode it to -0.0
+    return values + 0.0 if format == "fp4" else values
+
+
+register(FourBit("nf4"))
+register(FourBit("fp4"))

@@ -1,0 +1,126 @@
+"""int8 rows, as LLM.int8() has them (arXiv 2208.07339): one scale a row of the stored matrix.
+
+Bytes and keys are those of bitsandbytes' ``Linear8bitLt``: ``weight`` int8 ``[N, K]``, ``SCB`` fp32 ``[N]`` beside
+it, ``weight_format`` uint8 ``[]`` = 0 (row-major). Components: ``codes`` int8 as the tensor, ``absmax`` fp32 ``[rows]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import tuckaway_kernels  # noqa: F401  (registers torch.ops.tuckaway)
+
+from tuckaway.errors import CheckpointError
+from tuckaway.formats.base import Entries, Format, PieceQuantizer, Serialized, register
+from tuckaway.formats.layout import Components, Layout, Shape, Specs
+
+__all__ = ["Int8"]
+
+
+class Int8(Format):
+    """Eight-bit codes with a scale a row."""
+
+    name = "int8"
+
+    def component_specs(self, layout: Layout) -> Specs:
+        return {"codes": (layout.shape, torch.int8), "absmax": ((layout.rows,), torch.float32)}
+
+    def piece_alignment(self, layout: Layout) -> int:
+        return max(layout.cols, 1)
+
+    def quantizer(self, layout: Layout, components: Components) -> PieceQuantizer:
+        return _Int8Quantizer(layout, components)
+
+    def dequantize(self, components: Components, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
+        return torch.ops.tuckaway.dequantize_int8(components["codes"], components["absmax"], dtype)
+
+    def absmax(self, components: Components, layout: Layout) -> torch.Tensor:
+        return components["absmax"]
+
+    def linear(
+        self, x: torch.Tensor, components: Components, layout: Layout, bias: torch.Tensor | None, transpose: bool
+    ) -> torch.Tensor:
+        # LLM.int8() quantizes rows of x along the dimension that rows of W run along; x @ S has no such product
+        threshold = layout.int8_threshold if transpose else None
+        return torch.ops.tuckaway.linear_int8(
+            x,
+            components["codes"].view(layout.rows, layout.cols),
+            components["absmax"],
+            bias,
+            threshold,
+            transpose,
+            layout.compute_dtype or x.dtype,
+        )
+
+    def embedding(
+        self, index: torch.Tensor, components: Components, layout: Layout, dtype: torch.dtype
+    ) -> torch.Tensor:
+        codes = components["codes"].view(layout.rows, layout.cols)
+        return torch.ops.tuckaway.embedding_int8(index, codes, components["absmax"], dtype)
+
+    def narrow(
+        self, components: Components, layout: Layout, start: int, shape: Shape
+    ) -> tuple[Components, Layout] | None:
+        count, cols = math.prod(shape), max(layout.cols, 1)
+        if start % cols or count % cols or shape[-1] != layout.cols:
+            return None
+        part = {
+            "codes": components["codes"].view(-1)[start : start + count].view(shape),
+            "absmax": components["absmax"][start // cols : (start + count) // cols],
+        }
+        return part, replace(layout, shape=tuple(shape))
+
+    def serialize(self, name: str, components: Components, layout: Layout) -> Components:
+        prefix = name.removesuffix("weight")
+        scales = f"{prefix}SCB" if name.endswith("weight") else f"{name}.SCB"
+        kind = f"{prefix}weight_format" if name.endswith("weight") else f"{name}.weight_format"
+        return {
+            name: components["codes"],
+            scales: components["absmax"],
+            kind: torch.zeros((), dtype=torch.uint8),
+        }
+
+    def find(self, name: str, entries: Entries, read: Callable[[str], torch.Tensor]) -> Serialized | None:
+        entry = entries.get(name)
+        if entry is None or entry.dtype != torch.int8:
+            return None
+        prefix = name.removesuffix("weight") if name.endswith("weight") else f"{name}."
+        scales, kind = f"{prefix}SCB", f"{prefix}weight_format"
+        if scales not in entries:
+            return None
+        layout = Layout(format=self.name, shape=tuple(entry.shape), dtype=torch.float16)
+        if math.prod(entries[scales].shape) != layout.rows:
+            raise CheckpointError(f"{list(entries[scales].shape)} scales for {layout.rows} rows", where=scales)
+        if kind in entries and int(read(kind)) != 0:
+            raise CheckpointError(
+                f"int8 weights in the tiled format {int(read(kind))}",
+                where=kind,
+                hint="save the checkpoint with bitsandbytes 0.45 or newer, which writes row-major weights",
+            )
+        present = frozenset(k for k in (name, scales, kind) if k in entries)
+        return Serialized(layout, {"codes": name, "absmax": scales}, {}, present)
+
+
+class _Int8Quantizer(PieceQuantizer):
+    def __init__(self, layout: Layout, components: Components) -> None:
+        self.cols = max(layout.cols, 1)
+        self.codes = components["codes"].view(-1)
+        self.absmax = components["absmax"]
+
+    def write(self, start: int, piece: torch.Tensor) -> None:
+        rows = piece.numel() // self.cols
+        first = start // self.cols
+        torch.ops.tuckaway.quantize_int8_out(
+            piece.view(rows, self.cols),
+            self.codes[start : start + piece.numel()].view(rows, self.cols),
+            self.absmax[first : first + rows],
+        )
+
+    def finish(self) -> None:
+        """Nothing is left to do: rows are independent."""
+
+
+register(Int8())

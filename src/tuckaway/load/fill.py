@@ -1,0 +1,92 @@
+"""Bring every byte of a checkpoint to its place: the stream of pieces on one side, destinations on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from tuckaway.checkpoint import Request, stream
+from tuckaway.formats import Components
+from tuckaway.load.match import Feed
+from tuckaway.load.place import Destination
+from tuckaway.load.sinks import CopySink, Sink, sink_for
+
+__all__ = ["fill"]
+
+
+class _Filling:
+    """One tensor on its way: its components, the sinks that fill them, and how many sinks are still open."""
+
+    def __init__(self, feed: Feed, destination: Destination) -> None:
+        self.destination = destination
+        self.components: Components = destination.open(feed.spec)
+        for key, value in feed.values.items():
+            self.components[key].copy_(value)
+        self.open = len(feed.entries)
+
+    def sink(self, feed: Feed, component: str) -> Sink:
+        if not feed.quantized_already:
+            return sink_for(feed.spec, self.components)
+        return CopySink(self.components[component], feed.entries[component].dtype)
+
+    def finished_one(self) -> None:
+        self.open -= 1
+        if self.open == 0:
+            self.destination.close(self.components)
+
+
+def fill(
+    feeds: tuple[Feed, ...],
+    destination_of: Callable[[Feed], Destination],
+    *,
+    piece_bytes: int,
+    progress: bool | None = None,
+) -> None:
+    """Read every feed's tensors in file order and fill their destinations.
+
+    Args:
+        feeds: what is to be read.
+        destination_of: gives the destination of a feed; asked once, when its first byte arrives.
+        piece_bytes: most bytes of a checkpoint in memory at once, but for tensors that must come whole.
+        progress: show a bar; ``None``: when standard error is a terminal.
+
+    Raises:
+        CheckpointError: a file is not what its header promised.
+    """
+    owner: dict[str, tuple[Feed, str]] = {}
+    requests = []
+    for feed in feeds:
+        for component, entry in feed.entries.items():
+            owner[entry.name] = (feed, component)
+            requests.append(Request(entry, *_piece_rules(feed)))
+    fillings: dict[tuple[str, ...], _Filling] = {}
+    sinks: dict[str, Sink] = {}
+    with torch.no_grad():
+        for piece in stream(requests, piece_bytes=piece_bytes, progress=progress):
+            name = piece.entry.name
+            feed, component = owner[name]
+            filling = fillings.get(feed.names)
+            if filling is None:
+                filling = fillings[feed.names] = _Filling(feed, destination_of(feed))
+            sink = sinks.get(name)
+            if sink is None:
+                sink = sinks[name] = filling.sink(feed, component)
+            if piece.tensor.numel():
+                sink.write(piece.start, piece.tensor)
+            if piece.last:
+                sink.finish()
+                del sinks[name]
+                filling.finished_one()
+                if filling.open == 0:
+                    del fillings[feed.names]
+
+
+def _piece_rules(feed: Feed) -> tuple[int, bool]:
+    """Return what pieces must start on a multiple of, and whether the tensor must come whole."""
+    layout = feed.spec.layout
+    if feed.quantized_already or layout is None:
+        return 1, False
+    sink = sink_for(feed.spec, feed.spec.empty("meta"))
+    return sink.align, sink.whole
+
