@@ -70,6 +70,7 @@ def check_4bit(
     n: int | None = None,
     codes: torch.Tensor | None = None,
     absmax: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> None:
     """Raise ValueError unless the arguments of a 4-bit op go together.
 
@@ -80,6 +81,7 @@ def check_4bit(
         n: number of weights; decides the sizes of codes and absmax.
         codes: contiguous uint8 with ``(n + 1) // 2`` elements.
         absmax: contiguous fp32 with ``ceil(n / blocksize)`` elements.
+        out: contiguous, of that dtype, with ``n`` elements.
     """
     if format not in CODEBOOKS:
         raise ValueError(f"format must be 'nf4' or 'fp4', not {format!r}")
@@ -90,6 +92,8 @@ def check_4bit(
         check_storage("codes", codes, torch.uint8, (n + 1) // 2)
     if n is not None and absmax is not None:
         check_storage("absmax", absmax, torch.float32, -(-n // blocksize))
+    if n is not None and out is not None:
+        check_storage("out", out, dtype, n)
 
 
 def check_dtype(dtype: torch.dtype) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -12,7 +12,7 @@ from tuckaway.load.match import Feed
 from tuckaway.load.place import Destination
 from tuckaway.load.sinks import CopySink, Sink, sink_for
 
-__all__ = ["fill"]
+__all__ = ["fill", "fill_from_tensors"]
 
 
 class _Filling:
@@ -90,3 +90,19 @@ def _piece_rules(feed: Feed) -> tuple[int, bool]:
     sink = sink_for(feed.spec, feed.spec.empty("meta"))
     return sink.align, sink.whole
 
+
+
+def fill_from_tensors(
+    feeds: tuple[Feed, ...], state: Mapping[str, torch.Tensor], destination_of: Callable[[Feed], Destination]
+) -> None:
+    """Quantize tensors that are in memory already: a model with real weights."""
+    with torch.no_grad():
+        for feed in feeds:
+            destination = destination_of(feed)
+            components = destination.open(feed.spec)
+            source = state[feed.names[0]].detach().contiguous()
+            sink = sink_for(feed.spec, components)
+            if source.numel():
+                sink.write(0, source.view(-1))
+            sink.finish()
+            destination.close(components)

@@ -16,9 +16,9 @@ from tuckaway.checkpoint import Checkpoint, TensorEntry
 from tuckaway.config import QuantizationConfig
 from tuckaway.errors import DTypeMismatch, KeyMismatch, ShapeMismatch, nearest_names
 from tuckaway.formats import Components, Serialized, registered_formats
-from tuckaway.tensor import TensorSpec
+from tuckaway.tensor import QuantizedTensor, TensorSpec
 
-__all__ = ["Feed", "Match", "match_checkpoint"]
+__all__ = ["Feed", "Match", "match_checkpoint", "match_model"]
 
 _LISTED = 20
 """Names an error lists in full; the count of the rest follows."""
@@ -122,6 +122,21 @@ def match_checkpoint(
     if missing or (strict and unexpected):
         raise KeyMismatch(*_describe(missing, unexpected if strict else [], checkpoint))
     return Match(tuple(feeds), tuple(kept), tuple(unexpected))
+
+
+def match_model(
+    specs: Mapping[str, TensorSpec], groups: Sequence[Sequence[str]], state: Mapping[str, torch.Tensor]
+) -> Match:
+    """Feed a model from its own, real tensors: what is to be quantized; all else is kept and only moved."""
+    feeds: list[Feed] = []
+    kept: list[str] = []
+    for names in _distinct(specs, groups):
+        spec = specs[names[0]]
+        if spec.layout is None or isinstance(state[names[0]], QuantizedTensor):
+            kept.extend(names)
+        else:
+            feeds.append(Feed(names, spec, {}, {}))
+    return Match(tuple(feeds), tuple(kept), ())
 
 
 def _distinct(specs: Mapping[str, TensorSpec], groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:

@@ -1,0 +1,1 @@
+"""int8 codes and their row scales back to weights."""

@@ -1,0 +1,1 @@
+"""Nested (double) quantization: the scales of 4-bit weights to 8 bits, and back."""

@@ -1,0 +1,118 @@
+"""The ops ``tuckaway::quantize_nested`` and ``dequantize_nested``, and the launches of their kernels."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from tuckaway_kernels.codebooks import NESTED_BLOCKSIZE, check_storage, dynamic_map, dynamic_thresholds
+from tuckaway_kernels.launching import has_ptx, kernel_reciprocal_table, on_device
+from tuckaway_kernels.library import define
+from tuckaway_kernels.nested_scales import reference
+
+PARTS = 256
+"""Pieces whose float64 sums the second kernel adds up; a power of two, about two for each processor of an H100."""
+
+SUM_TILE = 1024
+BLOCKS = 4
+"""Nested blocks (of 256 scales) a program quantizes; 8x8192x8192 weights still fill the GPU."""
+
+WARPS = 4
+
+
+@cache
+def padded_thresholds(device: torch.device) -> torch.Tensor:
+    """Return the 255 thresholds of the dynamic map between -inf and inf: fp32 ``[257]``."""
+    inner = dynamic_thresholds(device)
+    edge = inner.new_tensor([torch.inf])
+    return torch.cat([-edge, inner, edge])
+
+
+def launch_quantize(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantize scales on their device, in two launches; see `reference.quantize_nested`."""
+    check_storage("absmax", absmax, torch.float32, absmax.numel())
+    nb = absmax.numel()
+    device = absmax.device
+    codes = torch.empty(nb, dtype=torch.uint8, device=device)
+    nested = torch.empty(-(-nb // NESTED_BLOCKSIZE), dtype=torch.float32, device=device)
+    offset = torch.empty((), dtype=torch.float32, device=device)
+    if nb == 0:
+        return codes, nested, offset.zero_()
+    from tuckaway_kernels.nested_scales.kernel import partial_sums_kernel, quantize_nested_kernel
+
+    partial = torch.empty(PARTS, dtype=torch.float64, device=device)
+    with on_device(absmax):
+        partial_sums_kernel[(PARTS,)](
+            absmax, partial, nb, -(-nb // PARTS), TILE=SUM_TILE, num_warps=WARPS
+        )
+        quantize_nested_kernel[(-(-nested.numel() // BLOCKS),)](
+            absmax,
+            partial,
+            codes,
+            nested,
+            offset,
+            padded_thresholds(device),
+            kernel_reciprocal_table(device),
+            nb,
+            PARTS=PARTS,
+            BLOCKSIZE=NESTED_BLOCKSIZE,
+            BLOCKS=BLOCKS,
+            PTX=has_ptx(),
+            num_warps=WARPS,
+        )
+    return codes, nested, offset
+
+
+def launch_dequantize(codes: torch.Tensor, nested_absmax: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Restore scales on their device; see `reference.dequantize_nested`."""
+    nb = codes.numel()
+    check_storage("codes", codes, torch.uint8, nb)
+    check_storage("nested_absmax", nested_absmax, torch.float32, -(-nb // NESTED_BLOCKSIZE))
+    check_storage("offset", offset, torch.float32, 1)
+    out = torch.empty(nb, dtype=torch.float32, device=codes.device)
+    if nb == 0:
+        return out
+    from tuckaway_kernels.nested_scales.kernel import dequantize_nested_kernel
+
+    with on_device(codes):
+        dequantize_nested_kernel[(-(-nested_absmax.numel() // BLOCKS),)](
+            codes,
+            nested_absmax,
+            offset,
+            dynamic_map(codes.device),
+            out,
+            nb,
+            BLOCKSIZE=NESTED_BLOCKSIZE,
+            BLOCKS=BLOCKS,
+            PTX=has_ptx(),
+            num_warps=WARPS,
+        )
+    return out
+
+
+def _fake_quantize(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    nb = absmax.numel()
+    return (
+        absmax.new_empty((nb,), dtype=torch.uint8),
+        absmax.new_empty(((nb + NESTED_BLOCKSIZE - 1) // NESTED_BLOCKSIZE,)),
+        absmax.new_empty(()),
+    )
+
+
+def _fake_dequantize(codes: torch.Tensor, nested_absmax: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    return nested_absmax.new_empty((codes.numel(),))
+
+
+define(
+    "quantize_nested(Tensor absmax) -> (Tensor codes, Tensor nested_absmax, Tensor offset)",
+    reference=reference.quantize_nested,
+    fake=_fake_quantize,
+    triton=launch_quantize,
+)
+define(
+    "dequantize_nested(Tensor codes, Tensor nested_absmax, Tensor offset) -> Tensor",
+    reference=reference.dequantize_nested,
+    fake=_fake_dequantize,
+    triton=launch_dequantize,
+)

@@ -1,0 +1,46 @@
+"""tuckaway: load and run PyTorch models that are bigger than the memory they must run in.
+
+A model is built empty, its checkpoint is streamed through :func:`load_and_quantize_model`, every weight is quantized
+on the way, modules are placed over GPU, CPU and disk, and what does not fit is paged onto the GPU for its turn.
+
+>>> import torch, tuckaway
+>>> with tuckaway.init_empty_weights():
+...     model = torch.nn.Linear(1_000_000, 1_000_000)  # 4 TB in fp32; nothing is allocated
+"""
+
+from tuckaway.config import QuantizationConfig
+from tuckaway.empty import init_empty_weights, init_on_device
+from tuckaway.errors import *  # noqa: F403  (the tree's names are its __all__)
+from tuckaway.errors import __all__ as _errors
+from tuckaway.load import (
+    cpu_offload,
+    disk_offload,
+    dispatch_model,
+    load_and_quantize_model,
+    load_checkpoint_and_dispatch,
+)
+from tuckaway.paging import materialize
+from tuckaway.plan import get_balanced_memory, infer_auto_device_map, memory_footprint
+from tuckaway.save import save_model
+from tuckaway.tensor import QuantizedTensor, quantize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "QuantizationConfig",
+    "QuantizedTensor",
+    "cpu_offload",
+    "disk_offload",
+    "dispatch_model",
+    "get_balanced_memory",
+    "infer_auto_device_map",
+    "init_empty_weights",
+    "init_on_device",
+    "load_and_quantize_model",
+    "load_checkpoint_and_dispatch",
+    "materialize",
+    "memory_footprint",
+    "quantize",
+    "save_model",
+    *(name for name in _errors if name != "nearest_names"),
+]

@@ -1,0 +1,121 @@
+"""Where one tensor's bytes lie: :class:`TensorEntry`, and the file it lies in as it was when it was checked."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from tuckaway.errors import CheckpointError, CheckpointNotFound, TruncatedError, UnsafePathError
+
+__all__ = ["FileIdentity", "ResidentEntry", "StridedEntry", "TensorEntry", "open_regular"]
+
+_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """What tells that a file is still the one whose header was read: it changes whenever the bytes do."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, fd: int) -> FileIdentity:
+        """Return the identity of an open file."""
+        status = os.fstat(fd)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def check(self, fd: int, path: Path) -> None:
+        """Make sure that an open file is the one that was checked.
+
+        Raises:
+            TruncatedError: it is shorter now.
+            CheckpointError: it was replaced or written to.
+        """
+        now = FileIdentity.of(fd)
+        if now == self:
+            return
+        if now.size < self.size:
+            raise TruncatedError(
+                f"the file was cut after the checkpoint was opened: {self.size} bytes expected, {now.size} found",
+                where=path,
+                hint="write or download it again",
+            )
+        raise CheckpointError(
+            "the file was changed after the checkpoint was opened", where=path, hint="open the checkpoint again"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a checkpoint: ``nbytes`` bytes from ``offset`` on, row-major, little-endian.
+
+    Args:
+        name: full dotted name.
+        dtype: dtype of the stored values.
+        shape: sizes; ``()`` for a 0-d tensor.
+        path: the file.
+        offset: first byte in the file.
+        nbytes: ``shape`` times the size of ``dtype``.
+        identity: the file as it was when its header was checked; ``None``: reads do not compare.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    nbytes: int
+    identity: FileIdentity | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class StridedEntry(TensorEntry):
+    """A tensor whose elements lie ``stride`` apart, as pickled views of bigger tensors do.
+
+    It is read whole: ``span`` bytes from ``offset`` on hold all of its elements.
+    """
+
+    stride: tuple[int, ...] = ()
+    span: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentEntry(TensorEntry):
+    """A tensor that had to be read with its file, of a format that gives no offsets."""
+
+    data: torch.Tensor = field(default_factory=lambda: torch.empty(0), repr=False, compare=False)
+
+
+def open_regular(path: Path) -> int:
+    """Open a file to read, but nothing else that a name can stand for: opening a pipe or a tape can hang or act.
+
+    Raises:
+        CheckpointNotFound: there is none.
+        UnsafePathError: a folder, pipe, socket or device.
+        CheckpointError: the system refused.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UnsafePathError("this is not a regular file", where=path)
+        fd = os.open(path, _FLAGS)
+    except FileNotFoundError as error:
+        raise CheckpointNotFound("no such file", where=path) from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise CheckpointError(f"cannot open it: {getattr(error, 'strerror', error)}", where=path) from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):  # it was replaced in between
+        os.close(fd)
+        raise UnsafePathError("this is not a regular file", where=path)
+    return fd

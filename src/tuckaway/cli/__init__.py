@@ -1,0 +1,1 @@
+"""The command line. ``main`` is its entry; each command's work lies in a module of its own, imported when it runs."""

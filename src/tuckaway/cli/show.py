@@ -1,0 +1,81 @@
+"""How commands show things: tables and headings, drawn in a terminal, plain columns elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["Screen", "megabytes", "name_runs"]
+
+
+class Screen:
+    """Standard output, as a person reads it.
+
+    Args:
+        console: rich's; ``None``: a new one on standard output. Where that is no terminal, tables are plain columns of
+            their full width, so that logs and pipes get every word.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console if console is not None else Console(highlight=False)
+
+    def line(self, text: str = "", style: str = "") -> None:
+        """Print one line."""
+        self.console.print(Text(text, style=style), soft_wrap=True)
+
+    def piece(self, text: str) -> None:
+        """Print text as it comes, without a line's end."""
+        self.console.print(Text(text), end="", soft_wrap=True)
+        self.console.file.flush()
+
+    def table(self, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table whose last column is right-aligned."""
+        if self.console.is_terminal:
+            table = Table(title=title, title_justify="left", title_style="bold")
+            for i, name in enumerate(head):
+                table.add_column(name, justify="right" if i == len(head) - 1 else "left", overflow="fold")
+            for row in rows:
+                table.add_row(*map(Text, row))
+            self.console.print(table)
+            return
+        self.line(title)
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        for row in [head, *rows]:
+            cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
+            self.line("  " + "  ".join([*cells, row[-1].rjust(widths[-1])]))
+
+
+def megabytes(nbytes: int) -> str:
+    """Return a number of bytes as people read it: ``12.3 MB``, of a million bytes each.
+
+    >>> megabytes(1_234_567_890)
+    '1,234.6 MB'
+    """
+    return f"{nbytes / 1e6:,.1f} MB"
+
+
+def name_runs(names: Sequence[str]) -> str:
+    """Return names with runs of numbered neighbours drawn together.
+
+    >>> name_runs(["embed", "layers.0", "layers.1", "layers.2", "layers.7", "norm"])
+    'embed, layers.0-2, layers.7, norm'
+    """
+    runs: list[tuple[str, int | None, int | None]] = []
+    for name in names:
+        stem, _, last = name.rpartition(".")
+        number = int(last) if last.isdigit() else None
+        if runs and number is not None and runs[-1][0] == stem and runs[-1][2] == number - 1:
+            runs[-1] = (stem, runs[-1][1], number)
+        else:
+            runs.append((stem, number, number) if number is not None else (name, None, None))
+    return ", ".join(_run(*run) for run in runs)
+
+
+def _run(stem: str, first: int | None, last: int | None) -> str:
+    if first is None:
+        return stem
+    numbers = str(first) if first == last else f"{first}-{last}"
+    return f"{stem}.{numbers}" if stem else numbers

@@ -1,0 +1,80 @@
+"""Put loaded tensors into a model: the only step that changes it, taken when everything else has succeeded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from tuckaway.errors import MismatchError
+from tuckaway.load.match import Match
+from tuckaway.load.place import OnDevice
+from tuckaway.tensor import TensorSpec
+
+__all__ = ["bind_kept", "bind_resident", "check_kept"]
+
+
+def bind_resident(model: nn.Module, match: Match, resident: Mapping[tuple[str, ...], OnDevice]) -> None:
+    """Make the loaded tensors parameters and buffers of their modules; tied names get one object."""
+    for feed in match.feeds:
+        place = resident.get(feed.names)
+        if place is not None:
+            tensor = feed.spec.build(place.components)
+            for name in feed.names:
+                _assign(model, name, tensor)
+
+
+def check_kept(model: nn.Module, match: Match) -> None:
+    """Refuse a tensor that neither the checkpoint nor the model has a value for.
+
+    Raises:
+        MismatchError: a buffer that is in no checkpoint (non-persistent) is on the meta device.
+    """
+    for name in match.kept:
+        if _lookup(model, name).is_meta:
+            raise MismatchError(
+                "a buffer is in no checkpoint and on the meta device",
+                where=name,
+                hint="build the model under tuckaway.init_empty_weights(), which keeps buffers real",
+            )
+
+
+def bind_kept(
+    model: nn.Module,
+    match: Match,
+    specs: Mapping[str, TensorSpec],
+    device_of: Callable[[str], torch.device | None],
+) -> None:
+    """Move what keeps its value to the device it is placed on; ``None`` leaves it where it is."""
+    moved: dict[int, torch.Tensor] = {}
+    for name in match.kept:
+        tensor, device = _lookup(model, name), device_of(name)
+        if device is None:
+            continue
+        dtype = specs[name].dtype if specs[name].persistent else tensor.dtype
+        if tensor.device == device and tensor.dtype == dtype:
+            continue
+        if id(tensor) not in moved:
+            fresh = tensor.detach().to(device=device, dtype=dtype)
+            moved[id(tensor)] = fresh if specs[name].is_buffer else nn.Parameter(fresh, tensor.requires_grad)
+        _assign(model, name, moved[id(tensor)])
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _lookup(model: nn.Module, name: str) -> torch.Tensor:
+    module, leaf = _owner(model, name)
+    tensor = module._parameters.get(leaf)
+    return tensor if tensor is not None else module._buffers[leaf]  # type: ignore[return-value]
+
+
+def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    module, leaf = _owner(model, name)
+    if leaf in module._parameters:
+        module._parameters[leaf] = tensor  # type: ignore[assignment]
+    else:
+        module._buffers[leaf] = tensor

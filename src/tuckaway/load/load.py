@@ -1,0 +1,389 @@
+"""The public functions, and the order of the job: match, plan, validate, read, bind."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tuckaway.checkpoint import Checkpoint
+from tuckaway.config import QuantizationConfig, as_dtype
+from tuckaway.errors import ConfigError, LoadOutOfMemoryError, PlanError, TuckawayError
+from tuckaway.load.bind import bind_kept, bind_resident, check_kept
+from tuckaway.load.fill import fill, fill_from_tensors
+from tuckaway.load.match import Feed, Match, match_checkpoint, match_model
+from tuckaway.load.place import Destination, InPage, OnDevice, OnDisk
+from tuckaway.paging import PageHomes, PagePlan, attach, plan_pages
+from tuckaway.plan import (
+    QuantizationReport,
+    check_devices,
+    choose_specs,
+    find_tied_parameters,
+    place_tensors,
+    resolve_device_map,
+)
+from tuckaway.plan import main_device as main_device_of
+from tuckaway.tensor import TensorSpec
+
+__all__ = ["load_and_quantize_model", "load_checkpoint_and_dispatch", "run"]
+
+_log = logging.getLogger("tuckaway")
+
+PIECE_BYTES = 16 * 2**20
+"""Bytes of a checkpoint in memory at once. Larger pieces are no faster on a CPU, whose caches they leave."""
+
+DeviceMap = Mapping[str, int | str | torch.device] | str | int | torch.device
+
+
+def load_and_quantize_model(
+    model: nn.Module,
+    quantization_config: QuantizationConfig | Any = None,
+    weights_location: str | Path | None = None,
+    device_map: DeviceMap | None = None,
+    no_split_module_classes: Sequence[str] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
+    offload_state_dict: bool = False,
+    *,
+    bnb_quantization_config: Any = None,
+    main_device: int | str | torch.device | None = None,
+    offload_buffers: bool = False,
+    skip_keys: str | Sequence[str] | None = None,
+    strict: bool = True,
+    allow_pickle: bool = True,
+    revision: str | None = None,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Load a checkpoint into a model, quantizing its weights on the way, wherever they are placed.
+
+    Args:
+        model: built under :func:`~tuckaway.init_empty_weights`, or with real weights, which are then quantized where
+            no ``weights_location`` is given.
+        quantization_config: a :class:`~tuckaway.QuantizationConfig`, accelerate's ``BnbQuantizationConfig``,
+            transformers' ``BitsAndBytesConfig`` or a format's name; none of them is changed. ``None``: what the
+            checkpoint's own ``config.json`` says, or the default (nf4, nested).
+        weights_location: a safetensors file, an index of shards, a folder, a ``pytorch_model.bin`` or a Hub id. An
+            already quantized checkpoint, bitsandbytes' own included, keeps its format.
+        device_map: ``None`` (everything on the GPU, or on the CPU where there is none), ``"auto"``, ``"balanced"``,
+            ``"balanced_low_0"``, ``"sequential"``, ``"cpu"``, or a dict of module names to a GPU's number, ``"cpu"``
+            or ``"disk"``. Blocks on ``"cpu"`` and ``"disk"`` are paged onto the executing device for their turn.
+        no_split_module_classes: class names of modules that must lie on one device, such as decoder layers.
+        max_memory: bytes a device may take, by device (``{0: "2GB", "cpu": "16GB"}``), for the named maps.
+        offload_folder: folder for what is placed on disk.
+        offload_state_dict: accepted as accelerate has it; loading never holds a state dict in memory.
+        bnb_quantization_config: accelerate's name for ``quantization_config``.
+        main_device: device that executes. ``None``: the first GPU in the map, or the CPU when it names none.
+        offload_buffers: page the buffers of offloaded blocks too; otherwise they stay on the executing device.
+        skip_keys: keyword arguments that are not moved between devices on the way into a block.
+        strict: refuse a checkpoint with tensors the model has no place for.
+        allow_pickle: read ``pytorch_model.bin`` files (always with ``weights_only``).
+        revision: branch, tag or commit of a Hub id.
+        progress: show a bar; ``None``: when standard error is a terminal.
+
+    Returns:
+        The same model, with ``hf_device_map`` and ``quantization_report``.
+
+    Raises:
+        ConfigError: a config that makes no sense, or an empty model without ``weights_location``.
+        CheckpointError: something is wrong with the checkpoint's files.
+        MismatchError: names, shapes or dtypes of model and checkpoint differ.
+        PlanError: a device map that cannot be, a model that does not fit, ``"disk"`` without ``offload_folder``.
+        StoreError: the offload folder cannot be used.
+        LoadOutOfMemoryError: memory ran out. In every one of these cases the model is as it was.
+
+    Example:
+        >>> import tempfile, tuckaway
+        >>> folder = tempfile.mkdtemp()
+        >>> tuckaway.save_model(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)), folder)
+        >>> with tuckaway.init_empty_weights():
+        ...     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+        >>> model = load_and_quantize_model(model, "nf4", weights_location=folder)
+        >>> model[0].weight.format, model[1].weight.dtype  # the output head stays as it is
+        ('nf4', torch.bfloat16)
+    """
+    given = quantization_config if quantization_config is not None else bnb_quantization_config
+    checkpoint = _open(model, weights_location, revision=revision, allow_pickle=allow_pickle)
+    if given is None and checkpoint is not None:
+        given = (checkpoint.config() or {}).get("quantization_config")
+    config = QuantizationConfig.of(given if given is not None else QuantizationConfig())
+    return run(
+        model,
+        checkpoint,
+        config,
+        device_map=device_map,
+        no_split_module_classes=no_split_module_classes,
+        max_memory=max_memory,
+        offload_folder=offload_folder,
+        main_device=main_device,
+        offload_buffers=offload_buffers,
+        skip_keys=skip_keys,
+        strict=strict,
+        progress=progress,
+        # a pattern of ours that matches nothing is a mistake; others' configs name modules of many models
+        own_config=isinstance(given, QuantizationConfig),
+    )
+
+
+def load_checkpoint_and_dispatch(
+    model: nn.Module,
+    checkpoint: str | Path,
+    device_map: DeviceMap | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    no_split_module_classes: Sequence[str] | None = None,
+    offload_folder: str | Path | None = None,
+    offload_buffers: bool = False,
+    dtype: torch.dtype | str | None = None,
+    offload_state_dict: bool | None = None,
+    skip_keys: str | Sequence[str] | None = None,
+    preload_module_classes: Sequence[str] | None = None,
+    force_hooks: bool = False,
+    strict: bool = False,
+    *,
+    main_device: int | str | torch.device | None = None,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Load a checkpoint into a model as it is, unquantized, and place it over GPU, CPU and disk.
+
+    accelerate's function of this name, with its parameters. A checkpoint that is quantized already stays quantized.
+    Blocks are paged whole, so ``preload_module_classes`` and ``force_hooks`` change nothing.
+
+    Args:
+        model: built under :func:`~tuckaway.init_empty_weights`.
+        checkpoint: as ``weights_location`` of :func:`load_and_quantize_model`.
+        device_map: as there.
+        max_memory: as there.
+        no_split_module_classes: as there.
+        offload_folder: as there.
+        offload_buffers: as there.
+        dtype: dtype of all float tensors; ``None``: the checkpoint's stay what the model has.
+        offload_state_dict: accepted; loading never holds a state dict in memory.
+        skip_keys: as there.
+        preload_module_classes: accepted.
+        force_hooks: accepted.
+        strict: refuse a checkpoint with tensors the model has no place for; missing ones are always refused.
+        main_device: as there.
+        progress: as there.
+
+    Raises:
+        TuckawayError: as :func:`load_and_quantize_model`.
+    """
+    source = _open(model, checkpoint, revision=None, allow_pickle=True)
+    return run(
+        model,
+        source,
+        None,
+        dtype=dtype,
+        device_map=device_map,
+        no_split_module_classes=no_split_module_classes,
+        max_memory=max_memory,
+        offload_folder=offload_folder,
+        main_device=main_device,
+        offload_buffers=offload_buffers,
+        skip_keys=skip_keys,
+        strict=strict,
+        progress=progress,
+    )
+
+
+def _open(
+    model: nn.Module, location: str | Path | None, *, revision: str | None, allow_pickle: bool
+) -> Checkpoint | None:
+    if location is not None:
+        return Checkpoint.open(location, revision=revision, allow_pickle=allow_pickle)
+    empty = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if empty is not None:
+        raise ConfigError("the model is empty and weights_location is None", where=empty, hint="name a checkpoint")
+    return None
+
+
+def run(
+    model: nn.Module,
+    checkpoint: Checkpoint | None,
+    config: QuantizationConfig | None,
+    *,
+    device_map: DeviceMap | None,
+    no_split_module_classes: Sequence[str] | None,
+    max_memory: Mapping[int | str, int | str] | None,
+    offload_folder: str | Path | None,
+    main_device: int | str | torch.device | None,
+    offload_buffers: bool,
+    skip_keys: str | Sequence[str] | None,
+    strict: bool,
+    progress: bool | None,
+    dtype: torch.dtype | str | None = None,
+    own_config: bool = True,
+) -> nn.Module:
+    """Do the whole job; ``checkpoint=None`` takes the weights that the model has. The public functions call this."""
+    wanted, reasons = choose_specs(model, config, strict=own_config)
+    if dtype is not None:
+        wanted = _cast(wanted, as_dtype(dtype, "dtype"))
+    groups = find_tied_parameters(model)
+    match = _match(model, checkpoint, wanted, groups, config, strict=strict)
+    specs = {**wanted, **match.specs}
+    placement = resolve_device_map(
+        model,
+        specs,
+        device_map,
+        max_memory=max_memory,
+        no_split_module_classes=no_split_module_classes,
+        offload_buffers=offload_buffers,
+    )
+    check_devices(placement)
+    executing = _device(main_device) if main_device is not None else main_device_of(placement)
+    if offload_folder is None and any(str(place) == "disk" for place in placement.values()):
+        raise PlanError(
+            "blocks are placed on disk and offload_folder is None",
+            where=next(name for name, place in placement.items() if str(place) == "disk") or "the whole model",
+            hint="name a folder to page from",
+        )
+    plan = plan_pages(
+        model,
+        specs,
+        placement,
+        execution_device=executing,
+        no_split_module_classes=no_split_module_classes or (),
+        offload_buffers=offload_buffers,
+        ties=groups,
+    )
+    check_kept(model, match)
+    with ExitStack() as undo, _out_of_memory_named():
+        homes = None
+        if plan.pages:
+            fingerprint = _fingerprint(checkpoint)
+            homes = PageHomes.create(plan, offload_folder=offload_folder, fingerprint=fingerprint)
+            undo.callback(homes.abort)
+        resident = _read(model, checkpoint, match, plan, homes, progress=progress)
+        if homes is not None:
+            homes.commit()
+        bind_resident(model, match, resident)
+        bind_kept(model, match, specs, plan.resident.get)
+        attach(model, plan, homes, skip_keys=skip_keys)
+        undo.pop_all()
+    model.hf_device_map = dict(placement)  # type: ignore[assignment]
+    model.quantization_report = QuantizationReport.of(specs, reasons, place_tensors(model, placement))  # type: ignore[assignment]
+    return model
+
+
+def _read(
+    model: nn.Module,
+    checkpoint: Checkpoint | None,
+    match: Match,
+    plan: PagePlan,
+    homes: PageHomes | None,
+    *,
+    progress: bool | None,
+) -> dict[tuple[str, ...], OnDevice]:
+    """Bring every tensor to its place and return the resident ones; pages are filled where they lie."""
+    resident: dict[tuple[str, ...], OnDevice] = {}
+    work_device = plan.execution_device
+
+    def home_of(feed: Feed) -> str | None:
+        return homes.home_of(feed.names[0]) if homes is not None else None
+
+    def destination_of(feed: Feed) -> Destination:
+        name, home = feed.names[0], home_of(feed)
+        if homes is not None and home == "cpu":
+            return InPage(homes.views(name), work_device)
+        if homes is not None and home == "disk":
+            return OnDisk(partial(homes.write, name), work_device)
+        place = resident[feed.names] = OnDevice(plan.resident[name])
+        return place
+
+    feeds = match.feeds
+    if homes is not None and homes.reusable:
+        feeds = tuple(feed for feed in feeds if home_of(feed) != "disk")
+    if checkpoint is not None:
+        fill(feeds, destination_of, piece_bytes=PIECE_BYTES, progress=progress)
+    else:
+        fill_from_tensors(feeds, dict(_named_state(model)), destination_of)
+    if homes is not None:
+        state = dict(_named_state(model))
+        for name in match.kept:
+            if homes.home_of(name) is not None:
+                homes.put(name, state[name])
+    return resident
+
+
+def _match(
+    model: nn.Module,
+    checkpoint: Checkpoint | None,
+    wanted: Mapping[str, TensorSpec],
+    groups: Sequence[Sequence[str]],
+    config: QuantizationConfig | None,
+    *,
+    strict: bool,
+) -> Match:
+    if checkpoint is None:
+        return match_model(wanted, groups, dict(_named_state(model)))
+    match = match_checkpoint(
+        checkpoint,
+        wanted,
+        groups,
+        config,
+        real=[name for name, tensor in _named_state(model) if not tensor.is_meta],
+        ignored=getattr(model, "_keys_to_ignore_on_load_unexpected", None) or (),
+        strict=strict,
+    )
+    if match.unexpected:
+        _log.warning("left out %d tensors that the model has no place for: %s", len(match.unexpected), match.unexpected[:5])
+    return match
+
+
+def _cast(specs: Mapping[str, TensorSpec], dtype: torch.dtype | None) -> dict[str, TensorSpec]:
+    """Give every plain float tensor of the state dict another dtype."""
+    return {
+        name: replace(spec, dtype=dtype)
+        if dtype is not None and spec.persistent and spec.layout is None and spec.dtype.is_floating_point
+        else spec
+        for name, spec in specs.items()
+    }
+
+
+def _device(device: int | str | torch.device) -> torch.device:
+    """Return the device called so; a number is an accelerator's."""
+    if isinstance(device, int):
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is None:
+            raise PlanError(f"no accelerator {device} on this machine", hint='use main_device="cpu"')
+        return torch.device(accelerator.type, device)
+    return torch.device(device)
+
+
+def _named_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _fingerprint(checkpoint: Checkpoint | None) -> str:
+    """Identify the weights: pages on disk are used again only for the very files they were made from."""
+    if checkpoint is None:
+        return uuid.uuid4().hex  # weights in memory have no identity that outlasts the process
+    parts = []
+    for path in checkpoint.files:
+        status = path.stat()
+        parts.append(f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}")
+    return "\n".join(parts)
+
+
+@contextmanager
+def _out_of_memory_named() -> Iterator[None]:
+    try:
+        yield
+    except TuckawayError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        # without the cause: its traceback would keep everything loaded so far alive
+        message = str(error).partition("\n")[0]
+    else:
+        return
+    raise LoadOutOfMemoryError(
+        f"memory ran out while loading: {message}", hint="place less on this device with max_memory or device_map"
+    )

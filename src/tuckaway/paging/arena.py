@@ -1,0 +1,127 @@
+"""Pages in host memory: one allocation of exactly their size, pinned where a device executes.
+
+``torch.Tensor.pin_memory`` rounds every allocation up to a power of two (up to 1.9 times the bytes). Here the memory
+is an anonymous map of the exact size, and the driver is told to lock it piece by piece, because locking 4 GiB takes
+2.4 s, which loading can hide.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+from collections.abc import Sequence
+
+import torch
+
+from tuckaway.paging.page import ALIGNMENT, PageLayout, aligned
+
+__all__ = ["PIN_STEP", "Arena", "host_memory"]
+
+logger = logging.getLogger("tuckaway")
+
+PIN_STEP = 256 * 2**20
+"""Bytes pinned at a time: about 150 ms."""
+
+
+def host_memory(nbytes: int) -> torch.Tensor:
+    """Return ``nbytes`` of page-aligned host memory as uint8 ``[nbytes]``, touched by nobody yet.
+
+    The map lives as long as any view of the tensor does.
+    """
+    if nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8, count=nbytes)
+
+
+class Arena:
+    """CPU pages, each a stretch of one allocation.
+
+    Args:
+        layouts: one a page.
+        pin: lock the memory for fast copies. ``None``: if there is an accelerator.
+
+    Example:
+        >>> arena = Arena([PageLayout([(("w", ""), (4,), torch.float32)])], pin=False)
+        >>> arena.page(0).shape, arena.nbytes
+        (torch.Size([256]), 256)
+    """
+
+    def __init__(self, layouts: Sequence[PageLayout], *, pin: bool | None = None) -> None:
+        self.layouts = tuple(layouts)
+        self._starts: list[int] = []
+        end = 0
+        for layout in self.layouts:
+            self._starts.append(end)
+            end = aligned(end + layout.nbytes, ALIGNMENT)
+        self.nbytes = end
+        self.buffer = host_memory(end)
+        self._wanted = torch.accelerator.is_available() if pin is None else pin and torch.accelerator.is_available()
+        self._registered: list[int] = []
+        self._pinned_to = 0
+
+    @property
+    def pinned(self) -> bool:
+        """Whether all of it is pinned."""
+        return self._pinned_to == self.nbytes
+
+    def page(self, index: int) -> torch.Tensor:
+        """Return the bytes of a page, uint8 ``[layout.nbytes]``."""
+        start = self._starts[index]
+        return self.buffer[start : start + self.layouts[index].nbytes]
+
+    def pin_step(self, nbytes: int = PIN_STEP) -> bool:
+        """Pin the next ``nbytes``; return whether anything is left to pin."""
+        if not self._wanted or self._pinned_to >= self.nbytes:
+            return False
+        size = min(aligned(nbytes, mmap.PAGESIZE), self.nbytes - self._pinned_to)
+        address = self.buffer.data_ptr() + self._pinned_to
+        if not _register(address, size):
+            self._wanted = False
+            logger.warning(
+                "could not pin %d MiB of host memory (%d MiB are pinned): copies to the device will be several "
+                "times slower. Raise the limit on locked memory (ulimit -l), or offload less to the CPU",
+                (self.nbytes - self._pinned_to) >> 20,
+                self._pinned_to >> 20,
+            )
+            return False
+        self._registered.append(address)
+        self._pinned_to += size
+        return self._pinned_to < self.nbytes
+
+    def pin(self) -> bool:
+        """Pin what is not pinned yet; return whether all of it is now."""
+        while self.pin_step():
+            pass
+        return self.pinned
+
+    def close(self) -> None:
+        """Unpin and let go of the memory; views that are still held keep it alive. Twice does no harm."""
+        for address in self._registered:
+            _unregister(address)
+        self._registered.clear()
+        self._wanted, self._pinned_to = False, 0
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+        self.layouts, self._starts, self.nbytes = (), [], 0
+
+    def __del__(self) -> None:
+        # memory that is freed while registered stays locked for the life of the process
+        with contextlib.suppress(AttributeError, RuntimeError, ImportError):
+            for address in self._registered:
+                _unregister(address)
+
+
+def _register(address: int, nbytes: int) -> bool:
+    """Lock host memory for the accelerator's copies. Only the CUDA runtime (and ROCm's) offers it to Python."""
+    if not torch.cuda.is_available():
+        return False
+    # 1: cudaHostRegisterPortable, valid for every device. The binding returns an error code, and may raise as well
+    try:
+        return int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 1)) == 0
+    except RuntimeError:
+        logger.debug("cudaHostRegister failed", exc_info=True)
+        return False
+
+
+def _unregister(address: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)

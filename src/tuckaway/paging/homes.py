@@ -1,0 +1,208 @@
+"""Where pages live while they are not in a slot: the arena and the store behind one face.
+
+The loader writes tensors here by name; the pager and :func:`~tuckaway.paging.offloaded_tensor` read them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import torch
+
+from tuckaway.errors import StoreError
+from tuckaway.formats import Components
+from tuckaway.paging.arena import Arena
+from tuckaway.paging.page import PageItem
+from tuckaway.paging.store import Store
+from tuckaway.paging.units import PagePlan, PageUnit
+from tuckaway.tensor import TensorSpec, components_of
+
+__all__ = ["PageHomes"]
+
+
+class PageHomes:
+    """Arena and store of one plan. Made by :meth:`create`.
+
+    Attributes:
+        plan: the pages.
+        arena: CPU pages; None without any.
+        store: disk pages; None without any.
+    """
+
+    def __init__(self, plan: PagePlan, arena: Arena | None, store: Store | None) -> None:
+        self.plan = plan
+        self.arena = arena
+        self.store = store
+        self._number: dict[int, int] = {}
+        for home in ("cpu", "disk"):
+            self._number.update({page.index: number for number, page in enumerate(plan.homed(home))})
+
+    @classmethod
+    def create(
+        cls,
+        plan: PagePlan,
+        *,
+        offload_folder: str | os.PathLike[str] | None = None,
+        fingerprint: str = "",
+        pin: bool | None = None,
+    ) -> PageHomes:
+        """Allocate host memory and open or begin the store.
+
+        Args:
+            plan: the pages.
+            offload_folder: folder of the disk pages.
+            fingerprint: what tells the model's weights from others; formats and layout are added to it. Empty:
+                disk pages are written anew each time.
+            pin: pin host memory; ``None``: when pages are brought to an accelerator.
+
+        Raises:
+            StoreError: there are disk pages and no folder, or the folder cannot be used (its subclasses say why).
+        """
+        disk, cpu = plan.homed("disk"), plan.homed("cpu")
+        store = None
+        if disk:
+            if offload_folder is None:
+                raise StoreError(
+                    f"{len(disk)} pages go to the disk ({disk[0].name!r}, ...), and no folder is given",
+                    hint="pass offload_folder",
+                )
+            identity = f"{fingerprint} {_formats(plan)}" if fingerprint else ""
+            store = Store.open_or_create(offload_folder, [page.layout for page in disk], identity)
+        try:
+            wanted = plan.execution_device.type != "cpu" if pin is None else pin
+            arena = Arena([page.layout for page in cpu], pin=wanted) if cpu else None
+        except BaseException:
+            if store is not None:
+                store.abort()
+            raise
+        return cls(plan, arena, store)
+
+    @property
+    def reusable(self) -> bool:
+        """The disk pages are there already: tensors whose home is ``"disk"`` need not be written."""
+        return self.store is not None and self.store.reusable
+
+    def home_of(self, name: str) -> str | None:
+        """Return ``"cpu"``, ``"disk"``, or None for a resident tensor."""
+        unit = self.plan.page_of(name)
+        return None if unit is None else unit.home
+
+    def number(self, unit: PageUnit) -> int:
+        """Return a page's number in its home."""
+        return self._number[unit.index]
+
+    # Writing
+
+    def views(self, name: str) -> Components:
+        """Return the place of a tensor whose home is ``"cpu"``: views to fill."""
+        unit, canonical = self._unit(name)
+        if self.arena is None or unit.home != "cpu":
+            raise ValueError(f"the page of {name!r} is on disk; write it")
+        return unit.layout.components(canonical, self.arena.page(self.number(unit)))
+
+    def write(self, name: str, component: str, tensor: torch.Tensor) -> None:
+        """Write one whole component of a tensor whose home is ``"disk"``.
+
+        Args:
+            name: any name of the tensor.
+            component: which component; ``""`` for a plain tensor.
+            tensor: its value, on the CPU, of the component's shape and dtype.
+
+        Raises:
+            StoreError: the disk failed.
+            ValueError: another shape or dtype.
+        """
+        unit, canonical = self._unit(name)
+        item = unit.layout[canonical, component]
+        _check(tensor, item)
+        if self.store is None or unit.home != "disk":
+            raise ValueError(f"the page of {name!r} is in memory; fill its views")
+        self.store.write(self.number(unit), item.offset, tensor)
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Copy a finished tensor, plain or quantized, from any device to its home."""
+        parts = components_of(tensor)
+        if self.home_of(name) == "disk":
+            for component, part in parts.items():
+                self.write(name, component, part.detach().cpu())
+            return
+        views = self.views(name)
+        if views.keys() != parts.keys():
+            raise ValueError(f"{name!r} has components {sorted(parts)} instead of {sorted(views)}")
+        with torch.no_grad():
+            for component, view in views.items():
+                if (view.shape, view.dtype) != (parts[component].shape, parts[component].dtype):
+                    raise ValueError(f"{name!r} is {parts[component].dtype}, its place in the page {view.dtype}")
+                view.copy_(parts[component])
+
+    def pin_step(self) -> bool:
+        """Pin the next piece of the arena; return whether anything is left."""
+        return self.arena is not None and self.arena.pin_step()
+
+    def commit(self) -> None:
+        """Make what was written to disk valid; call it after the last write."""
+        if self.store is not None:
+            self.store.commit()
+
+    # Reading
+
+    def read(self, name: str) -> Components:
+        """Return a tensor's components on the CPU: views of the arena, or read from disk and checked.
+
+        Raises:
+            StoreCorrupt: the store's file is damaged.
+            ChecksumError: bytes changed on disk.
+        """
+        unit, canonical = self._unit(name)
+        if unit.home == "cpu":
+            return self.views(canonical)
+        assert self.store is not None
+        number = self.number(unit)
+        return {
+            item.key[1]: self.store.read_item(number, item) for item in unit.layout.items if item.key[0] == canonical
+        }
+
+    def _unit(self, name: str) -> tuple[PageUnit, str]:
+        unit = self.plan.page_of(name)
+        if unit is None:
+            raise KeyError(f"{name!r} is in no page")
+        return unit, self.plan.canonical.get(name, name)
+
+    # Ending
+
+    def close(self) -> None:
+        """Unpin, close and unlock; a committed store stays on disk."""
+        if self.arena is not None:
+            self.arena.close()
+        if self.store is not None:
+            self.store.close()
+
+    def abort(self) -> None:
+        """Close, and remove a store that was never committed."""
+        if self.store is not None:
+            self.store.abort()
+        self.close()
+
+
+def _check(tensor: torch.Tensor, item: PageItem) -> None:
+    if tuple(tensor.shape) != item.shape or tensor.dtype != item.dtype:
+        raise ValueError(
+            f"{item.key[0]!r} needs {list(item.shape)} {item.dtype} in its page, not {list(tensor.shape)} {tensor.dtype}"
+        )
+
+
+def _formats(plan: PagePlan) -> str:
+    """Hash of what the bytes of each disk page mean, beyond shapes and dtypes."""
+
+    def meaning(spec: TensorSpec) -> str:
+        layout = spec.layout
+        if layout is None:
+            return f"{spec.shape} {spec.dtype}"
+        return f"{layout.format} {layout.shape} {layout.dtype} {layout.blocksize} {layout.nested} {layout.transposed}"
+
+    digest = hashlib.sha256()
+    for page in plan.homed("disk"):
+        for name in page.tensors:
+            digest.update(f"{name} {meaning(plan.specs[name])}\n".encode())
+    return digest.hexdigest()

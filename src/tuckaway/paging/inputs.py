@@ -1,0 +1,72 @@
+"""Move what a forward is given, or gives, to a device: nested containers of tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["first_device", "move", "wants_grad"]
+
+
+def move(value: Any, device: torch.device, skip: Collection[str] = ()) -> Any:
+    """Return ``value`` with its tensors on ``device``.
+
+    Containers in which nothing moves are returned as they are, so that what a module writes into one (a cache, a
+    list of states) reaches its owner.
+
+    Args:
+        value: a tensor, or tuples, lists, mappings and dataclasses of such; anything else is left alone.
+        device: with its index.
+        skip: keys of mappings that are left alone.
+    """
+    if isinstance(value, torch.Tensor):
+        return value if value.device == device else value.to(device, non_blocking=device.type != "cpu")
+    if isinstance(value, tuple | list):
+        moved = [move(item, device, skip) for item in value]
+        if all(new is old for new, old in zip(moved, value, strict=True)):
+            return value
+        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
+    if isinstance(value, Mapping):
+        changed = {
+            key: new
+            for key, item in value.items()
+            if key not in skip and (new := move(item, device, skip)) is not item
+        }
+        if not changed:
+            return value
+        whole = {key: changed.get(key, item) for key, item in value.items()}
+        return type(value)(**whole) if dataclasses.is_dataclass(value) else type(value)(whole)  # type: ignore[call-arg]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        new = {name: move(item, device, skip) for name, item in fields.items() if name not in skip}
+        if all(new[name] is fields[name] for name in new):
+            return value
+        return dataclasses.replace(value, **new)
+    return value
+
+
+def first_device(value: Any) -> torch.device | None:
+    """Return the device of the first tensor in nested containers; None if there is none."""
+    return next((tensor.device for tensor in _tensors(value)), None)
+
+
+def wants_grad(value: Any) -> bool:
+    """Tell whether any tensor in nested containers requires a gradient."""
+    return any(tensor.requires_grad for tensor in _tensors(value))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name, None))

@@ -1,0 +1,353 @@
+"""Who is in which slot: brings pages in for their turn, and the likely next one ahead of it.
+
+What comes next is learned: a page follows what followed it, and the page before it, last time. Until something was
+seen, that is the model's order. A wrong guess costs a copy and nothing else, so any order is right: repeated and
+skipped blocks, branches, early exits, and the first block of the next token after the last of this one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tuckaway.errors import PagingError
+from tuckaway.formats import Components
+from tuckaway.paging.homes import PageHomes
+from tuckaway.paging.slots import Slot, Slots, device_memory
+from tuckaway.paging.transfer import Transfer
+from tuckaway.paging.units import PageUnit
+from tuckaway.tensor import TensorSpec
+
+__all__ = ["Binding", "Page", "Pager", "Turn"]
+
+logger = logging.getLogger("tuckaway")
+
+
+_AHEAD, _WRONG = 0, -1
+"""Ticks of a slot that was filled ahead of its page's turn, and of one whose guess went wrong."""
+
+
+class Binding:
+    """One place in a module where a paged tensor shows while its page is in."""
+
+    __slots__ = ("attribute", "away", "module", "name", "tensors")
+
+    def __init__(self, module: nn.Module, attribute: str, name: str, is_buffer: bool, away: torch.Tensor) -> None:
+        self.module = module
+        self.attribute = attribute
+        self.name = name
+        self.tensors: dict[str, Any] = module._buffers if is_buffer else module._parameters
+        self.away = away
+
+
+class Page:
+    """A page of a running model.
+
+    Attributes:
+        unit: what it holds.
+        specs: form of each of its tensors.
+        bindings: where they show.
+        users: forwards that read its slot now.
+        turns: forwards that it is bound for now, with a slot or without.
+        slot: where it is, or is being brought; None when it is only at home.
+        own: bound tensors have storage of their own.
+        gone: it was taken out of paging for good.
+    """
+
+    __slots__ = ("bindings", "gone", "own", "slot", "specs", "turns", "unit", "users")
+
+    def __init__(self, unit: PageUnit, specs: Mapping[str, TensorSpec], bindings: Iterable[Binding]) -> None:
+        self.unit = unit
+        self.specs = {name: specs[name] for name in unit.tensors}
+        self.bindings = list(bindings)
+        self.users = 0
+        self.turns = 0
+        self.slot: Slot | None = None
+        self.own = False
+        self.gone = False
+
+    def build(self, buffer: torch.Tensor, *, with_grad: bool) -> tuple[torch.Tensor, ...]:
+        """Make the tensors of every binding as views of ``buffer``; ties stay ties."""
+        with torch.inference_mode(False), torch.no_grad():
+            views = self.unit.layout.views(buffer)
+            parts: dict[str, Components] = {}
+            for (name, component), view in views.items():
+                parts.setdefault(name, {})[component] = view
+            built = {}
+            for binding in self.bindings:
+                if binding.name not in built:
+                    wants = with_grad and binding.away.requires_grad
+                    spec = dataclasses.replace(self.specs[binding.name], requires_grad=wants)
+                    tensor = spec.build(parts[binding.name])
+                    if wants:
+                        _guard(tensor, binding.name)
+                    built[binding.name] = tensor
+            return tuple(built[binding.name] for binding in self.bindings)
+
+
+class Turn:
+    """A page brought in for one forward; hand it back with :meth:`Pager.release`."""
+
+    __slots__ = ("page", "slot")
+
+    def __init__(self, page: Page, slot: Slot | None) -> None:
+        self.page = page
+        self.slot = slot
+
+
+class Pager:
+    """Brings pages in and lets go of them. Safe to use from several threads.
+
+    Args:
+        pages: in the model's order.
+        homes: where their bytes are; closed with the pager.
+        device: execution device.
+        slots: pages on the device at once; two let the next one come while this one computes.
+    """
+
+    def __init__(self, pages: Sequence[Page], homes: PageHomes, device: torch.device, *, slots: int = 2) -> None:
+        self.pages = tuple(pages)
+        self.device = device
+        self.transfer = Transfer(homes, device)
+        turning = [page for page in pages if not page.unit.outer]
+        self._order = {page.unit.index: number for number, page in enumerate(turning)}
+        self._turning = turning
+        largest = max((page.unit.layout.nbytes for page in turning), default=0)
+        self.slots = Slots(max(min(slots, len(turning)), 1), largest, device)
+        self._own_slots: dict[int, Slot] = {}
+        self._captured: list[Slot] = []
+        self._lock = threading.RLock()
+        self._ticks = 0
+        self._history = threading.local()
+        self._next: dict[int, Page] = {
+            page.unit.index: turning[(number + 1) % len(turning)] for number, page in enumerate(turning)
+        }
+        self._after: dict[tuple[int, int], Page] = {}
+
+    # A page's turn
+
+    def bring_in(self, page: Page, *, own: bool = False) -> Turn | None:
+        """Bind the page's tensors; return the turn to :meth:`release`, or None if the page is gone for good.
+
+        Args:
+            page: which.
+            own: bind storage of its own instead of a slot's, which autograd may keep after the turn.
+
+        Raises:
+            StoreError: its bytes cannot be read.
+            ChecksumError: its bytes changed on disk.
+        """
+        if page.gone:
+            return None
+        if self.transfer.capturing():
+            return self._capture(page)
+        with self._lock:
+            slot = page.slot
+            if slot is None:
+                for other in self.slots.all:
+                    other.tick = other.tick or _WRONG  # what was brought ahead was not what comes next
+                slot = self._own_slot(page) if page.unit.outer else self._claim()
+                self._fill(page, slot)
+            page.users += 1
+            self._ticks += 1
+            slot.tick = self._ticks
+            if not page.unit.outer and page.turns == 0:
+                self._look_ahead(page)
+        try:
+            self.transfer.wait(slot)
+        except BaseException:
+            with self._lock:
+                page.users -= 1
+                if page.slot is slot and (slot.fill is None or slot.fill.done()):
+                    page.slot = slot.page = slot.fill = None
+            raise
+        with self._lock:
+            if not own:
+                page.turns += 1
+                if page.turns == 1:
+                    tensors = slot.built.get(page.unit.index)
+                    if tensors is None:
+                        tensors = slot.built[page.unit.index] = page.build(slot.buffer, with_grad=False)
+                    self._bind(page, tensors)
+                return Turn(page, slot)
+            try:
+                buffer = device_memory(page.unit.layout.nbytes, self.device)
+                buffer.copy_(slot.buffer[: buffer.numel()])
+                self._bind(page, page.build(buffer, with_grad=True))
+                page.turns += 1
+                page.own = True
+            finally:
+                self._leave(page, slot)
+            return Turn(page, None)
+
+    def release(self, turn: Turn) -> None:
+        """End a turn: the page's parameters are on the meta device again, and its slot is free."""
+        page = turn.page
+        with self._lock:
+            if turn.slot is not None:
+                self._leave(page, turn.slot)
+            page.turns -= 1
+            if page.turns == 0 and not page.gone:
+                page.own = False
+                for binding in page.bindings:
+                    binding.tensors[binding.attribute] = binding.away
+
+    def _leave(self, page: Page, slot: Slot) -> None:
+        if slot in self._captured:
+            slot.page = None
+            return
+        self.transfer.used(slot)
+        page.users -= 1
+
+    def _bind(self, page: Page, tensors: tuple[torch.Tensor, ...]) -> None:
+        replaced = False
+        for binding, tensor in zip(page.bindings, tensors, strict=True):
+            if page.turns == 0 and binding.tensors.get(binding.attribute) is not binding.away:
+                replaced = True
+            else:
+                binding.tensors[binding.attribute] = tensor
+        if replaced:
+            self._drop_replaced(page, tensors)
+
+    def _drop_replaced(self, page: Page, tensors: tuple[torch.Tensor, ...]) -> None:
+        """Leave alone what somebody put in a paged tensor's place."""
+        bound = {id(tensor) for tensor in tensors}
+        kept = []
+        for binding in page.bindings:
+            if id(binding.tensors.get(binding.attribute)) in bound:
+                kept.append(binding)
+            else:
+                logger.debug("%r was replaced and is not paged any more", binding.name)
+        page.bindings = kept
+        for slot in (*self.slots.all, *self._own_slots.values(), *self._captured):
+            slot.built.pop(page.unit.index, None)
+
+    # Slots
+
+    def _claim(self) -> Slot:
+        """Find a slot whose page is in nobody's turn, or allocate one."""
+        slot = self._find(guess=False)
+        if slot is None:
+            slot = self.slots.add()
+            self.transfer.used(slot)
+            logger.debug("more than %d pages in use at once: allocated slot %d", self.slots.count, slot.index)
+        return slot
+
+    def _find(self, *, guess: bool) -> Slot | None:
+        while len(self.slots.all) < self.slots.count:
+            self.transfer.used(self.slots.add())
+        free = [slot for slot in self.slots.all if slot.page is None or slot.page.users == 0]
+        if guess:
+            # a page that was brought ahead of its turn is not given up for another guess
+            free = [slot for slot in free if slot.page is None or slot.tick != _AHEAD]
+        return max(free, key=self._spare, default=None)
+
+    def _spare(self, slot: Slot) -> tuple[int, int]:
+        """How little a slot's page will be missed."""
+        if slot.page is None:
+            return 3, 0
+        if slot.tick == _AHEAD:
+            return 0, 0
+        # in a cycle the page used last is needed last; one not used for two cycles has left the cycle
+        age = self._ticks - slot.tick
+        return (2, age) if age > 2 * len(self._turning) else (1, slot.tick)
+
+    def _own_slot(self, page: Page) -> Slot:
+        slot = self._own_slots.get(page.unit.index)
+        if slot is None:
+            slot = self._own_slots[page.unit.index] = Slot(-1, page.unit.layout.nbytes, self.device)
+            self.transfer.used(slot)
+        return slot
+
+    def _fill(self, page: Page, slot: Slot) -> None:
+        if slot.page is not None:
+            slot.page.slot = None
+            slot.page = None
+        self.transfer.start(page.unit, slot)
+        slot.page, page.slot = page, slot
+        slot.tick = _AHEAD
+
+    # What comes next
+
+    def _look_ahead(self, page: Page) -> None:
+        index = page.unit.index
+        before = getattr(self._history, "pages", (None, None))
+        if before[1] is not None:
+            self._next[before[1]] = page
+            if before[0] is not None:
+                self._after[before[0], before[1]] = page
+        self._history.pages = (before[1], index)
+        last, here = before[1], page
+        for _ in range(len(self.slots.all)):
+            index = here.unit.index
+            guess = self._next[index] if last is None else self._after.get((last, index), self._next[index])
+            last, here = index, guess
+            if guess.gone:
+                return
+            if guess.slot is None:
+                slot = self._find(guess=True)
+                if slot is not None:
+                    self._fill(guess, slot)
+                return
+
+    # Graph capture
+
+    def _capture(self, page: Page) -> Turn:
+        """Bind the page in a slot that only graphs use, filled by a copy that is part of the graph."""
+        with self._lock:
+            slot = next((s for s in self._captured if s.page is None), None)
+            if slot is None:
+                largest = max(p.unit.layout.nbytes for p in self.pages)
+                slot = Slot(-1, largest, self.device)
+                self._captured.append(slot)
+            self.transfer.capture(page.unit, slot)
+            slot.page = page
+            tensors = slot.built.get(page.unit.index)
+            if tensors is None:
+                tensors = slot.built[page.unit.index] = page.build(slot.buffer, with_grad=False)
+            self._bind(page, tensors)
+            page.turns += 1
+            return Turn(page, slot)
+
+    # Ending
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the execution device now."""
+        own = sum(slot.buffer.numel() for slot in (*self._own_slots.values(), *self._captured))
+        return self.slots.allocated_nbytes + own
+
+    def take_out(self, page: Page) -> None:
+        """Stop paging a page: whoever calls it binds real tensors in its place."""
+        with self._lock:
+            page.gone = True
+            if page.slot is not None and page.users == 0:
+                page.slot.page = page.slot = None
+
+    def close(self) -> None:
+        """Stop the worker, wait for copies, give the slots' memory back. Twice does no harm."""
+        self.transfer.close()
+        with self._lock:
+            for page in self.pages:
+                page.slot = None
+            self.slots.clear()
+            self._own_slots.clear()
+            self._captured.clear()
+
+
+def _guard(parameter: torch.Tensor, name: str) -> None:
+    """Make a gradient that would be lost with the page an error, instead of training that does nothing."""
+
+    def refuse(_: torch.Tensor) -> None:
+        raise PagingError(
+            f"{name!r} is paged and would lose its gradient",
+            hint="freeze it (requires_grad_(False)) or map its module to the execution device",
+        )
+
+    parameter.register_hook(refuse)

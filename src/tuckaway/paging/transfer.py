@@ -1,0 +1,147 @@
+"""How a page's bytes get from its home into a slot, and how the two sides wait for each other.
+
+On an accelerator a copy runs on a side stream. It waits for the computing that last read the slot, and computing
+waits for it; the CPU waits for neither. What must be read from disk is read by one worker thread, in order, through
+a pinned bounce buffer; with execution on the CPU it reads into the slot itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from tuckaway.errors import PagingError
+from tuckaway.paging.arena import Arena
+from tuckaway.paging.homes import PageHomes
+from tuckaway.paging.slots import Slot
+from tuckaway.paging.units import PageUnit
+
+__all__ = ["Transfer"]
+
+
+class Transfer:
+    """Fills slots of one device from the homes of one plan.
+
+    Args:
+        homes: arena and store.
+        device: where the slots are.
+    """
+
+    def __init__(self, homes: PageHomes, device: torch.device) -> None:
+        self.homes = homes
+        self.device = device
+        self.on_device = device.type != "cpu"
+        self._stream: Any = None
+        self._worker: ThreadPoolExecutor | None = None
+        self._bounce: Arena | None = None
+        self._bounced: Any = None
+        self._closed = False
+
+    def start(self, unit: PageUnit, slot: Slot) -> None:
+        """Begin to fill ``slot``; :meth:`wait` ends it. Nobody may be using the slot."""
+        if self._closed:
+            raise PagingError("the model's pages were let go of", hint="load the model again")
+        before: Future[None] | None = slot.fill
+        busy = before is not None and not before.cancel() and not before.done()
+        if unit.home == "disk" or busy:
+            if self._worker is None:
+                self._worker = ThreadPoolExecutor(1, thread_name_prefix="tuckaway-page")
+            # one worker: a fill that nobody wants any more ends before the next one into the same slot begins
+            slot.fill = self._worker.submit(self._fill, unit, slot)
+        else:
+            slot.fill = None
+            self._fill(unit, slot)
+
+    def wait(self, slot: Slot) -> None:
+        """Wait until the slot is filled: the thread for the disk, the current stream for the copy."""
+        fill = slot.fill
+        if fill is not None:
+            fill.result()
+        if slot.ready is not None:
+            torch.accelerator.current_stream(self.device).wait_event(slot.ready)
+
+    def used(self, slot: Slot) -> None:
+        """Note that the current stream has work that reads the slot."""
+        if self.on_device:
+            stream = torch.accelerator.current_stream(self.device)
+            event = slot.used.get(stream.stream_id)
+            if event is None:
+                event = slot.used[stream.stream_id] = torch.Event(self.device)
+            event.record(stream)
+
+    def capturing(self) -> bool:
+        """Whether the current stream is being captured into a graph."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def capture(self, unit: PageUnit, slot: Slot) -> None:
+        """Put the copy of a CPU page into the graph that is being captured, on its own stream.
+
+        Raises:
+            PagingError: the page is on disk.
+        """
+        arena = self.homes.arena
+        if unit.home == "disk" or arena is None or not arena.pinned:
+            raise PagingError(
+                f"the page {unit.name!r} is on disk or in unpinned memory and cannot be captured in a graph",
+                hint="map it to the GPU or the CPU, or run without graphs",
+            )
+        source = arena.page(self.homes.number(unit))
+        slot.buffer[: source.numel()].copy_(source, non_blocking=True)
+
+    def _fill(self, unit: PageUnit, slot: Slot) -> None:
+        number = self.homes.number(unit)
+        target = slot.buffer[: unit.layout.nbytes]
+        arena, store = self.homes.arena, self.homes.store
+        if unit.home == "cpu":
+            assert arena is not None
+            if self.on_device:
+                self._copy(arena.page(number), slot)
+            else:
+                target.copy_(arena.page(number))
+            return
+        assert store is not None
+        if not self.on_device:
+            store.read(number, target)
+            target[:0].zero_()  # an in-place change that autograd sees
+            return
+        bounce = self._bounce_buffer()
+        if self._bounced is not None:
+            self._bounced.synchronize()
+        store.read(number, bounce)
+        self._copy(bounce[: unit.layout.nbytes], slot)
+        self._bounced = slot.ready
+
+    def _copy(self, source: torch.Tensor, slot: Slot) -> None:
+        if self._stream is None:
+            self._stream = torch.Stream(device=self.device)
+        stream = self._stream
+        for event in slot.used.values():
+            stream.wait_event(event)
+        slot.used = {}
+        with stream:
+            slot.buffer[: source.numel()].copy_(source, non_blocking=True)
+            # an event of its own each time: another slot's wait may still refer to the last one
+            slot.ready = stream.record_event()
+
+    def _bounce_buffer(self) -> torch.Tensor:
+        if self._bounce is None:
+            largest = max(self.homes.plan.homed("disk"), key=lambda unit: unit.layout.nbytes)
+            self._bounce = Arena([largest.layout])
+            self._bounce.pin()
+        return self._bounce.page(0)
+
+    def close(self) -> None:
+        """Join the worker and wait for the copies. Twice does no harm."""
+        self._closed = True
+        if self._worker is not None:
+            self._worker.shutdown(wait=threading.current_thread().name != "tuckaway-page_0", cancel_futures=True)
+            self._worker = None
+        if self._stream is not None:
+            self._stream.synchronize()
+            self._stream = None
+        if self._bounce is not None:
+            self._bounce.close()
+            self._bounce = None

@@ -1,0 +1,344 @@
+"""From a device map to pages: which tensors share a page, and whose forward brings it in.
+
+A page is what is used together: a decoder layer, an embedding, the tensors a module holds beside its children.
+:func:`plan_pages` decides that from the model's structure alone; nothing is allocated and the model is not changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from tuckaway.errors import PlanError, nearest_names
+from tuckaway.paging.page import PageLayout
+from tuckaway.tensor import TensorSpec
+
+__all__ = ["PagePlan", "PageUnit", "as_device", "is_called", "plan_pages"]
+
+_LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+Placement = int | str | torch.device
+
+
+@dataclass(frozen=True)
+class PageUnit:
+    """One page to be.
+
+    Args:
+        index: its place in the model's order.
+        name: path of the module it belongs to, for messages.
+        home: ``"cpu"`` or ``"disk"``.
+        tensors: names of the tensors it holds; of a tied tensor, the name it is kept under.
+        layout: where their bytes lie.
+        askers: paths of the modules whose forward needs it.
+        outer: needed while other pages take their turns, so it gets a place of its own instead of a slot.
+    """
+
+    index: int
+    name: str
+    home: str
+    tensors: tuple[str, ...]
+    layout: PageLayout
+    askers: tuple[str, ...]
+    outer: bool = False
+
+
+@dataclass(frozen=True)
+class PagePlan:
+    """What is paged, from where, and what is not.
+
+    Args:
+        pages: in the model's order.
+        execution_device: where pages are brought to.
+        resident: device of every tensor that is not paged, by each of its names.
+        canonical: the name that a tensor's bytes are kept under, by each of its names.
+        specs: final form of every tensor, by each of its names.
+        moved: devices that the inputs of other modules are moved to, by path; empty when all executes on one.
+    """
+
+    pages: tuple[PageUnit, ...]
+    execution_device: torch.device
+    resident: Mapping[str, torch.device]
+    canonical: Mapping[str, str]
+    specs: Mapping[str, TensorSpec]
+    moved: Mapping[str, torch.device] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        of = {name: page for page in self.pages for name in page.tensors}
+        object.__setattr__(self, "_page_of", of)
+
+    def page_of(self, name: str) -> PageUnit | None:
+        """Return the page that holds a tensor; None when it is resident."""
+        return self._page_of.get(self.canonical.get(name, name))  # type: ignore[attr-defined, no-any-return]
+
+    def homed(self, home: str) -> tuple[PageUnit, ...]:
+        """Return the pages of one home, in order."""
+        return tuple(page for page in self.pages if page.home == home)
+
+    @property
+    def arena_nbytes(self) -> int:
+        """Bytes of host memory that CPU pages take."""
+        return sum(page.layout.nbytes for page in self.homed("cpu"))
+
+    @property
+    def store_nbytes(self) -> int:
+        """Bytes of disk that disk pages take, without the manifest."""
+        return sum(-(-page.layout.nbytes // 4096) * 4096 for page in self.homed("disk"))
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Size of one slot: the largest page that takes turns."""
+        return max((page.layout.nbytes for page in self.pages if not page.outer), default=0)
+
+    def device_nbytes(self, slots: int = 2) -> int:
+        """Bytes on the execution device that paging takes: the slots, and the pages with a place of their own."""
+        own = sum(page.layout.nbytes for page in self.pages if page.outer)
+        turning = sum(1 for page in self.pages if not page.outer)
+        return own + min(slots, turning) * self.slot_nbytes
+
+
+def plan_pages(
+    model: nn.Module,
+    specs: Mapping[str, TensorSpec],
+    device_map: Mapping[str, Placement],
+    *,
+    execution_device: Placement,
+    no_split_module_classes: Sequence[str] | str | None = (),
+    offload_buffers: bool = False,
+    ties: Iterable[Sequence[str]] | None = None,
+    page_cpu: bool | None = None,
+) -> PagePlan:
+    """Turn a device map into pages.
+
+    For each offloaded entry of the map a page is: a module whose class is in ``no_split_module_classes``; an element
+    of a ``ModuleList``, ``Sequential`` or ``ModuleDict``; a module with no such list below it. Other modules are
+    descended into; what they hold beside their children is a page of its own. Tensors used by several pages' modules
+    (tied ones) are a page that each of them asks for.
+
+    Args:
+        model: its structure; the tensors may be on the meta device.
+        specs: final form of every parameter and buffer, by full name.
+        device_map: module or tensor name to device; the longest name that is a prefix counts.
+        execution_device: where pages are brought to.
+        no_split_module_classes: names of classes whose modules stay whole.
+        offload_buffers: page persistent buffers too; otherwise all are resident on the execution device.
+        ties: names that are one tensor. ``None``: those that are one object in the model.
+        page_cpu: page what the map puts on the CPU. ``None``: unless execution is there.
+
+    Raises:
+        PlanError: the map leaves a tensor out, or names nothing in the model.
+    """
+    execution = as_device(execution_device)
+    whole = {no_split_module_classes} if isinstance(no_split_module_classes, str) else set(no_split_module_classes or ())
+    paged_homes = {"disk"} | ({"cpu"} if (execution.type != "cpu" if page_cpu is None else page_cpu) else set())
+    tree = _Tree(model, specs, device_map, whole, paged_homes)
+    canonical = _canonical(model, specs, ties)
+
+    askers_of: dict[str, set[str]] = {}
+    homes_of: dict[str, set[str]] = {}
+    fixed: dict[str, torch.device] = {}
+    for name, spec in specs.items():
+        key, home = canonical[name], tree.home(name)
+        stays = spec.is_buffer and not (offload_buffers and spec.persistent)
+        if home is None:
+            fixed.setdefault(key, tree.device(name, execution))
+        elif stays:
+            fixed.setdefault(key, execution)
+        else:
+            homes_of.setdefault(key, set()).add(home)
+        askers_of.setdefault(key, set()).add(tree.asker(name))
+    # a shared tensor with one resident user is resident for all: paging a second copy of it would only cost
+    resident = {name: fixed[key] for name, key in canonical.items() if key in fixed}
+    paged = [name for name in specs if name == canonical[name] and name not in fixed]
+    groups: dict[tuple[str, frozenset[str]], list[str]] = {}
+    for name in paged:
+        home = "cpu" if "cpu" in homes_of[name] else "disk"
+        groups.setdefault((home, frozenset(askers_of[name])), []).append(name)
+
+    order = {path: index for index, path in enumerate(tree.modules)}
+    asking = {asker for _, askers in groups for asker in askers}
+    pages = []
+    for (home, askers), names in sorted(groups.items(), key=lambda g: (min(order[a] for a in g[0][1]), g[0][0])):
+        paths = tuple(sorted(askers, key=order.__getitem__))
+        outer = any(_is_below(other, path) for path in paths for other in asking if other != path)
+        layout = PageLayout.of({name: specs[name] for name in names})
+        pages.append(PageUnit(len(pages), paths[0] or type(model).__name__, home, tuple(names), layout, paths, outer))
+    moved = tree.moved(execution, {name: fixed[canonical[name]] for name in resident})
+    return PagePlan(tuple(pages), execution, resident, canonical, dict(specs), moved)
+
+
+class _Tree:
+    """A model's modules by path, and what a device map says about each tensor."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        specs: Mapping[str, TensorSpec],
+        device_map: Mapping[str, Placement],
+        whole: set[str],
+        paged_homes: set[str],
+    ) -> None:
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.whole = whole
+        self.paged_homes = paged_homes
+        self.map = dict(device_map)
+        self.entry_of: dict[str, str] = {}
+        missing = []
+        for name in specs:
+            entry = next((path for path in _prefixes(name) if path in self.map), None)
+            if entry is None:
+                missing.append(name)
+            else:
+                self.entry_of[name] = entry
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise PlanError(
+                f"the device map leaves out {', '.join(map(repr, missing[:3]))}{more}",
+                hint="add an entry for the module, or '' for everything else",
+            )
+        for entry in self.map:
+            if entry not in self.modules and entry not in specs:
+                raise PlanError(
+                    f"the device map names {entry!r}, which is not in the model",
+                    hint=nearest_names(entry, [*self.modules, *specs]) or None,
+                )
+        self.units: dict[str, str] = {}
+        for entry, device in self.map.items():
+            if entry in self.modules and _home(device) in paged_homes:
+                for path in self._units(entry):
+                    self.units[path] = entry
+
+    def home(self, name: str) -> str | None:
+        """Where a tensor's page lives; None when it is resident."""
+        home = _home(self.map[self.entry_of[name]])
+        return home if home in self.paged_homes else None
+
+    def device(self, name: str, execution: torch.device) -> torch.device:
+        """The device of a resident tensor."""
+        return as_device(self.map[self.entry_of[name]], execution)
+
+    def asker(self, name: str) -> str:
+        """The module whose forward needs a tensor: its page's, or the one that holds it, if that is ever called."""
+        entry = self.entry_of[name]
+        holder = name.rpartition(".")[0]
+        for path in _prefixes(holder):
+            if self.units.get(path) == entry:
+                return self._called(path)
+        return self._called(holder)
+
+    def _called(self, path: str) -> str:
+        return next((p for p in _prefixes(path) if is_called(self.modules[p])), "")
+
+    def _units(self, path: str) -> Iterator[str]:
+        """Paths of the page-sized modules at and below ``path``."""
+        module = self.modules[path]
+        if self._is_unit(path, module):
+            yield path
+            return
+        for child, _ in module.named_children():
+            below = f"{path}.{child}" if path else child
+            if below not in self.map:
+                yield from self._units(below)
+
+    def _is_unit(self, path: str, module: nn.Module) -> bool:
+        if type(module).__name__ in self.whole or not any(True for _ in module.children()):
+            return True
+        if not is_called(module) or isinstance(module, _LISTS):
+            return False
+        parent, _, _ = path.rpartition(".")
+        if path and isinstance(self.modules[parent], _LISTS):
+            return True
+        # a root is never one page, however small: all of it would have to fit at once
+        return bool(path) and not any(isinstance(m, _LISTS) for m in module.modules())
+
+    def moved(self, execution: torch.device, resident: Mapping[str, torch.device]) -> dict[str, torch.device]:
+        """Devices that inputs must be moved to, when the map executes on more than one."""
+        devices: dict[str, set[torch.device]] = {}
+        for name, entry in self.entry_of.items():
+            devices.setdefault(entry, set()).add(resident.get(name, execution))
+        if not any(d != execution for found in devices.values() for d in found):
+            return {}
+        moved: dict[str, torch.device] = {}
+        for entry, found in devices.items():
+            # every tensor of an entry can lie elsewhere only through a tie: then it executes there
+            target = next(iter(found)) if len(found) == 1 else as_device(self.map[entry], execution)
+            if _home(self.map[entry]) in self.paged_homes:
+                target = next(iter(found)) if len(found) == 1 else execution
+            path = entry if entry in self.modules else entry.rpartition(".")[0]
+            for called in self._outermost_called(path):
+                if called:
+                    moved[called] = target
+        return moved
+
+    def _outermost_called(self, path: str) -> Iterator[str]:
+        if is_called(self.modules[path]):
+            yield path
+            return
+        for child, _ in self.modules[path].named_children():
+            yield from self._outermost_called(f"{path}.{child}" if path else child)
+
+
+def as_device(placement: Placement, execution: torch.device | None = None) -> torch.device:
+    """Read a device as a map writes it, always with an index, so that devices compare equal.
+
+    ``"disk"`` is where its pages are brought to.
+    """
+    if placement == "disk":
+        return execution or torch.device("cpu")
+    if isinstance(placement, int):
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is None:
+            raise PlanError(f"the device map asks for accelerator {placement}, and there is none", hint="use 'cpu'")
+        return torch.device(accelerator.type, placement)
+    device = torch.device(placement)
+    if device.index is None and device.type not in ("cpu", "meta"):
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None and accelerator.type == device.type:
+            return torch.device(device.type, torch.accelerator.current_device_index())
+        return torch.device(device.type, 0)
+    return torch.device(device.type) if device.type == "cpu" else device
+
+
+def is_called(module: nn.Module) -> bool:
+    """Tell whether a module has a forward of its own (``ModuleList`` and ``ModuleDict`` have none)."""
+    forward: Callable[..., object] = type(module).forward
+    return forward is not nn.Module.forward or "forward" in module.__dict__
+
+
+def _home(placement: Placement) -> str:
+    if isinstance(placement, int):
+        return str(placement)
+    return placement.split(":")[0] if isinstance(placement, str) else placement.type
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """The name, then everything it lies in, ending with the root ``""``."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""
+
+
+def _is_below(path: str, above: str) -> bool:
+    return above == "" or path.startswith(f"{above}.")
+
+
+def _canonical(
+    model: nn.Module, specs: Mapping[str, TensorSpec], ties: Iterable[Sequence[str]] | None
+) -> dict[str, str]:
+    """The first name of every tensor, by each of its names."""
+    canonical = {name: name for name in specs}
+    if ties is None:
+        by_object: dict[int, list[str]] = {}
+        for named in (model.named_parameters, model.named_buffers):
+            for name, tensor in named(remove_duplicate=False):
+                by_object.setdefault(id(tensor), []).append(name)
+        ties = by_object.values()
+    place = {name: index for index, name in enumerate(specs)}
+    for group in ties:
+        known = sorted((name for name in group if name in place), key=place.__getitem__)
+        for name in known:
+            canonical[name] = known[0]
+    return canonical

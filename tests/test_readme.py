@@ -1,0 +1,35 @@
+"""The README's and the tutorial's code runs, word for word."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> str:
+    """Return the Python blocks of a page as one script, each on its own line numbers."""
+    text = page.read_text(encoding="utf-8")
+    lines = [""] * text.count("\n")
+    for found in _BLOCK.finditer(text):
+        first = text.count("\n", 0, found.start(1))
+        code = found[1].splitlines()
+        lines[first : first + len(code)] = code
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p).strip()], ids=lambda p: str(p.relative_to(ROOT)))
+def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks(page), str(page), "exec"), {"__name__": page.stem})
+
+
+def test_readme_has_the_two_commands() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert 'pip install -c constraints.txt -e ".[demo]" && tuckaway demo\n' in text
+    assert 'pip install -c constraints.txt -e ".[test]" && pytest\n' in text
