@@ -84,10 +84,8 @@ class GPT(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", type=Path, help="folder, index, file or Hub id of a checkpoint")
+    parser = argparse.ArgumentParser(description="GPT-2 in minGPT's layout, quantized")
+    parser.add_argument("--checkpoint", help="folder, index, file or Hub id; left out, a tiny one is made")
     parser.add_argument("--model-type", choices=SIZES, default="tiny")
     parser.add_argument("--format", choices=["nf4", "fp4", "int8"], default="nf4")
     args = parser.parse_args()

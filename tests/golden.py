@@ -1,8 +1,8 @@
 """What bitsandbytes' CUDA kernels gave on an H100, for inputs that every machine can make again.
 
-``kernels/golden_bitsandbytes.json`` holds hashes (the first 16 hexadecimal digits of SHA-256 over the bytes) of codes, scales and
-decoded weights, and whole bytes for a few edge blocks. The inputs are made of integers and powers of two, so that
-they are the same wherever numpy is.
+``kernels/golden_bitsandbytes.json`` holds hashes (the first 16 hexadecimal digits of SHA-256 over the bytes) of
+codes, scales and decoded weights, and whole bytes for a few edge blocks. The inputs are made of integers and
+powers of two, so that they are the same wherever numpy is.
 """
 
 from __future__ import annotations

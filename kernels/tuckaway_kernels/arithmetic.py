@@ -48,8 +48,4 @@ def reciprocal(x, table, PTX: tl.constexpr):
 @triton.jit
 def magnitude(x, PTX: tl.constexpr):
     """Return ``|x|`` for a maximum that ignores NaN: the GPU's does, the interpreter's does not."""
-    if PTX:
-        result = tl.abs(x)
-    else:
-        result = tl.where(x == x, tl.abs(x), 0.0)
-    return result
+    return tl.abs(x) if PTX else tl.where(x == x, tl.abs(x), 0.0)

@@ -32,9 +32,9 @@ NF4_THRESHOLDS: Final = (
 )  # fmt: skip
 """A normalized weight x gets the nf4 code i for which exactly i of these are < x (a tie stays below).
 
-Midpoints of the codebook, written out as the fp32 numbers compiled into bitsandbytes' CUDA kernels. Four midpoints
-(0, 8, 12, 14) fall exactly between two fp32 numbers; the decimal literals in bitsandbytes' source round the first and third
-of them down and the other two up. Only weights that lie on a threshold see the difference."""
+Midpoints of the codebook, written out as the fp32 numbers compiled into bitsandbytes' CUDA kernels. Four
+midpoints (0, 8, 12, 14) fall exactly between two fp32 numbers; the decimal literals in bitsandbytes' source round
+the first and third of them down and the other two up. Only weights that lie on a threshold see the difference."""
 
 FP4_MAGNITUDES: Final = (
     0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25,

@@ -20,7 +20,7 @@ def has_ptx() -> bool:
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Make ``tensor``'s device the current one, where Triton launches; costs nothing if it is already."""
     index = tensor.device.index
-    if tensor.device.type == "cpu" or index is None or index == torch.accelerator.current_device_index():
+    if tensor.device.type == "cpu" or index == torch.accelerator.current_device_index():
         return nullcontext()
     return torch.accelerator.device_index(index)
 

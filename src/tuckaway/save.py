@@ -21,7 +21,7 @@ from tuckaway.config import QuantizationConfig
 from tuckaway.errors import ConfigError, PagingError
 from tuckaway.formats import Components, format_of
 from tuckaway.paging import offloaded_tensor
-from tuckaway.plan import find_tied_parameters
+from tuckaway.plan import tied_groups
 from tuckaway.tensor import QuantizedTensor, components_of
 
 __all__ = ["save_model"]
@@ -80,7 +80,7 @@ def save_model(
 
 def _names_to_write(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Parameters and persistent buffers, each once: of tied names, the first."""
-    duplicates = {name for group in find_tied_parameters(model) for name in group[1:]}
+    duplicates = {name for group in tied_groups(model) for name in group[1:]}
     return [(name, tensor) for name, tensor in _state(model) if name not in duplicates]
 
 

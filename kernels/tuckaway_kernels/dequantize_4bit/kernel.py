@@ -1,9 +1,9 @@
 """Decode nf4 and fp4: one read of codes and scales, one write of the weights.
 
-The 16 values of the codebook fit in half a line of the first-level cache, so that looking one up for 32 weights at once is
-one conflict-free load: about 5 instructions a weight. The product is rounded in fp32, then once to the output's dtype.
+The 16 values of the codebook fit in half a line of the first-level cache, so that looking one up for 32 weights
+at once is one conflict-free load: about 5 instructions a weight. The product is rounded in fp32, then once to the
+output's dtype.
 """
-# mypy: ignore-errors
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def dequantize_4bit_kernel(
     EVEN: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """codes uint8 [(n + 1) // 2], absmax fp32 [ceil(n / BLOCKSIZE)] -> out [n] fp32, fp16 or bf16.
+    """Decode codes uint8 [(n + 1) // 2], absmax fp32 [ceil(n / BLOCKSIZE)] -> out [n] fp32, fp16 or bf16.
 
     EVEN: n is a multiple of BLOCKS * BLOCKSIZE. codebook: fp32 [16].
     """

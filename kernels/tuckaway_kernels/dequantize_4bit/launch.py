@@ -75,7 +75,8 @@ def _fake_out(
 
 
 define(
-    "dequantize_4bit(Tensor codes, Tensor absmax, str format, int blocksize, SymInt[] shape, ScalarType dtype) -> Tensor",
+    "dequantize_4bit(Tensor codes, Tensor absmax, str format, int blocksize, SymInt[] shape, "
+    "ScalarType dtype) -> Tensor",
     reference=reference.dequantize_4bit,
     fake=_fake,
     triton=launch,

@@ -1,5 +1,4 @@
 """Decode int8 rows: one read of the codes, one write of the weights."""
-# mypy: ignore-errors
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ def dequantize_int8_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """codes int8 [rows, columns], absmax fp32 [rows] -> out [rows, columns] fp32, fp16 or bf16.
+    """Decode codes int8 [rows, columns], absmax fp32 [rows] -> out [rows, columns] fp32, fp16 or bf16.
 
     A program takes a tile of ROWS x COLUMNS; ``across`` tiles lie side by side.
     """

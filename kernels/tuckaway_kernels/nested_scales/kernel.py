@@ -1,13 +1,12 @@
 """Nested scales: the offset and the codes in two launches without a word to the host, and the way back in one.
 
 The offset is needed before the first code, so a first launch leaves 256 float64 sums, always of the same pieces
-in the same order, and every program of the second adds them up for itself. The scales of 8192x8192 weights are 4 MB and still lie in
-the second-level cache.
+in the same order, and every program of the second adds them up for itself. The scales of 8192x8192 weights are 4
+MB and still lie in the second-level cache.
 
 The code of y is guessed by arithmetic (the dynamic map has 7 decades of 1, 2, ..., 64 equal steps), to within one, and
 two thresholds decide: 40 instructions and 2 loads, where a binary search would need 8 loads that wait for each other.
 """
-# mypy: ignore-errors
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from tuckaway_kernels.arithmetic import magnitude, multiply, reciprocal
 
 @triton.jit
 def partial_sums_kernel(absmax, partial, n, each, TILE: tl.constexpr):
-    """absmax fp32 [n] -> partial float64 [programs], program i summing ``each`` scales from ``i * each`` on."""
+    """Sum absmax fp32 [n] -> partial float64 [programs], program i summing ``each`` scales from ``i * each`` on."""
     first = tl.program_id(0).to(tl.int64) * each
     last = tl.minimum(first + each, n)
     sums = tl.zeros([TILE], dtype=tl.float64)
@@ -70,7 +69,10 @@ def quantize_nested_kernel(
     BLOCKS: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """absmax fp32 [n] and its partial sums -> codes uint8 [n], nested fp32 [ceil(n / BLOCKSIZE)], offset fp32 [1]."""
+    """Quantize absmax fp32 [n] -> codes uint8 [n], nested fp32 [ceil(n / BLOCKSIZE)], offset fp32 [1].
+
+    partial: float64 [PARTS] from `partial_sums_kernel`. thresholds: fp32 [257]. table: of reciprocals.
+    """
     mean = (tl.sum(tl.load(partial + tl.arange(0, PARTS)), axis=0) / n).to(tl.float32)
     if tl.program_id(0) == 0:
         tl.store(offset, mean)
@@ -98,12 +100,17 @@ def dequantize_nested_kernel(
     BLOCKS: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """codes uint8 [n], nested fp32 [ceil(n / BLOCKSIZE)], offset fp32 [1] -> out fp32 [n]; values: the dynamic map."""
+    """Restore codes uint8 [n], nested fp32 [ceil(n / BLOCKSIZE)], offset fp32 [1] -> out fp32 [n].
+
+    values: the dynamic map, fp32 [256].
+    """
     first = tl.program_id(0).to(tl.int64) * (BLOCKS * BLOCKSIZE)
     left = tl.minimum(n - first, BLOCKS * BLOCKSIZE).to(tl.int32)
     block = tl.arange(0, BLOCKS)
     place = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     code = tl.load(codes + first + place, mask=place < left, other=0).to(tl.int32)
     scale = tl.load(nested + first // BLOCKSIZE + block, mask=block * BLOCKSIZE < left, other=0.0)
-    product = multiply(tl.load(values + code), scale[:, None], PTX)  # rounded by itself: never fused with the sum
+    product = multiply(
+        tl.load(values + code), scale[:, None], PTX
+    )  # rounded by itself: never fused with the sum
     tl.store(out + first + place, product + tl.load(offset), mask=place < left)

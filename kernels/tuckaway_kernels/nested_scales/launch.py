@@ -43,9 +43,7 @@ def launch_quantize(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
 
     partial = torch.empty(PARTS, dtype=torch.float64, device=device)
     with on_device(absmax):
-        partial_sums_kernel[(PARTS,)](
-            absmax, partial, nb, -(-nb // PARTS), TILE=SUM_TILE, num_warps=WARPS
-        )
+        partial_sums_kernel[(PARTS,)](absmax, partial, nb, -(-nb // PARTS), TILE=SUM_TILE, num_warps=WARPS)
         quantize_nested_kernel[(-(-nested.numel() // BLOCKS),)](
             absmax,
             partial,

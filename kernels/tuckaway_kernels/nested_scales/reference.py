@@ -19,9 +19,9 @@ PIECE = 1 << 18
 def quantize_nested(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantize the scales ``absmax``.
 
-    The offset is their mean in float64, rounded to fp32. bitsandbytes takes the fp32 mean, whose last bits depend on the order
-    in which a device adds up, so that the same weights give other bytes on another device; the float64 mean
-    comes out the same everywhere. Either is a valid file: a reader takes the offset from the file.
+    The offset is their mean in float64, rounded to fp32. bitsandbytes takes the fp32 mean, whose last bits depend
+    on the order in which a device adds up, so that the same weights give other bytes on another device; the
+    float64 mean comes out the same everywhere. Either is a valid file: a reader takes the offset from the file.
 
     Args:
         absmax: fp32 with ``nb`` elements.

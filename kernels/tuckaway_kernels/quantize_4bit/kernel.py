@@ -1,12 +1,12 @@
 """Quantize to nf4 and fp4: one read of the weights, one write of codes and scales.
 
-A program takes ``BLOCKS`` blocks of weights. Counting the thresholds below each weight (15 compares) would cost more than the
-memory traffic: an H100 has room for about 24 instructions a weight at 3 TB/s. Instead the cell of 1/16 that ``y`` lies in is
-found by adding ``1.5 * 2**23``, which leaves ``round(16 y)`` in the low bits; a table in the first-level cache gives the one
-threshold that may lie in that cell and the code below it, and one exact comparison decides. About 10 instructions a
-weight. NaN (0 * inf in a block of zeros) arrives at an entry with code 0.
+A program takes ``BLOCKS`` blocks of weights. Counting the thresholds below each weight (15 compares) would cost
+more than the memory traffic: an H100 has room for about 24 instructions a weight at 3 TB/s. Instead the cell of
+1/16 that ``y`` lies in is found by adding ``1.5 * 2**23``, which leaves ``round(16 y)`` in the low bits; a table
+in the first-level cache gives the one threshold that may lie in that cell and the code below it, and one exact
+comparison decides. About 10 instructions a weight. NaN (0 * inf in a block of zeros) arrives at an entry with
+code 0.
 """
-# mypy: ignore-errors
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def encode(y, cells, FP4: tl.constexpr):
     entry = tl.load(cells + cell)
     limit = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     low = entry.to(tl.int32)
-    if FP4:
+    if FP4:  # noqa: SIM108 - a choice at compile time
         code = (low >> tl.where(t > limit, 8, 0)) & 15 | tl.where(y < 0.0, 8, 0)
     else:
         code = low + (t > limit).to(tl.int32)
@@ -50,7 +50,7 @@ def quantize_4bit_kernel(
     EVEN: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """x [n] fp32, fp16 or bf16 -> codes uint8 [(n + 1) // 2], absmax fp32 [ceil(n / BLOCKSIZE)].
+    """Quantize x [n] fp32, fp16 or bf16 -> codes uint8 [(n + 1) // 2], absmax fp32 [ceil(n / BLOCKSIZE)].
 
     EVEN: n is a multiple of BLOCKS * BLOCKSIZE. cells, table: `launch.cell_table`, reciprocal table.
     """

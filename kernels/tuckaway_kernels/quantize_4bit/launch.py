@@ -21,10 +21,10 @@ WARPS = 4
 def cell_table(format: str, device: torch.device) -> torch.Tensor:
     """Return what the kernel looks up for a normalized weight y, by the cell of 1/16 it lies in.
 
-    Cell k holds the y (nf4; |y| for fp4) whose 16 y rounds to k; no cell holds more than one threshold. An entry is
-    that threshold's bits (infinity if there is none) above ``low | high << 8``: the codes at or below it and above it.
-    nf4's ``high`` is always ``low + 1`` and left out; its cells are shifted by 16 so that they count from 0. Entry 63 is
-    where NaN arrives: code 0.
+    Cell k holds the y (nf4; |y| for fp4) whose 16 y rounds to k; no cell holds more than one threshold. An entry
+    is that threshold's bits (infinity if there is none) above ``low | high << 8``: the codes at or below it and
+    above it. nf4's ``high`` is always ``low + 1`` and left out; its cells are shifted by 16 so that they count
+    from 0. Entry 63 is where NaN arrives: code 0.
 
     Returns:
         int64 ``[64]``; shared, not to be written to.
@@ -58,7 +58,9 @@ def launch(x: torch.Tensor, format: str, blocksize: int) -> tuple[torch.Tensor, 
     return codes, absmax
 
 
-def launch_out(x: torch.Tensor, format: str, blocksize: int, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+def launch_out(
+    x: torch.Tensor, format: str, blocksize: int, codes: torch.Tensor, absmax: torch.Tensor
+) -> None:
     """Quantize ``x`` into ``codes`` and ``absmax``; see `reference.quantize_4bit_out`."""
     check_4bit(format, blocksize, x.dtype, x.numel(), codes, absmax)
     _launch(x.contiguous(), format, blocksize, codes, absmax)

@@ -1,5 +1,4 @@
 """Quantize rows to int8: one read of the weights where a row fits in a program's registers, two where it does not."""
-# mypy: ignore-errors
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ def quantize_int8_kernel(
     LONG: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """w [rows, columns] fp32, fp16 or bf16 -> codes int8 [rows, columns], absmax fp32 [rows].
+    """Quantize w [rows, columns] fp32, fp16 or bf16 -> codes int8 [rows, columns], absmax fp32 [rows].
 
     A program takes ROWS rows, COLUMNS columns at a time. LONG: a row is longer than that.
     """

@@ -1,8 +1,9 @@
 """Quantize rows to int8 in plain torch: the definition of the op, and its path on the CPU.
 
-LLM.int8() (arXiv 2208.07339) quantizes a weight after rounding it to fp16: ``absmax`` = largest absolute value of the row,
-``code = round_to_even(weight * (127 * reciprocal(absmax)))`` in fp32 with the GPU's reciprocal (`reciprocal`). A row
-whose absmax is 0, or infinite (bf16 above 65,504 overflows fp16), gets codes 0, and so does NaN.
+LLM.int8() (arXiv 2208.07339) quantizes a weight after rounding it to fp16: ``absmax`` = largest absolute value of
+the row, ``code = round_to_even(weight * (127 * reciprocal(absmax)))`` in fp32 with the GPU's reciprocal
+(`reciprocal`). A row whose absmax is 0, or infinite (bf16 above 65,504 overflows fp16), gets codes 0, and so does
+NaN.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def rows_of(w: torch.Tensor) -> int:
     return w.shape[:-1].numel()
 
 
-def check_int8(w: torch.Tensor, codes: torch.Tensor | None = None, absmax: torch.Tensor | None = None) -> None:
+def check_int8(
+    w: torch.Tensor, codes: torch.Tensor | None = None, absmax: torch.Tensor | None = None
+) -> None:
     """Raise ValueError unless the weights ``w`` [..., K] and the storage for them go together."""
     check_dtype(w.dtype)
     if w.dim() == 0:

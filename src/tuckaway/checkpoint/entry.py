@@ -49,7 +49,9 @@ class FileIdentity:
                 hint="write or download it again",
             )
         raise CheckpointError(
-            "the file was changed after the checkpoint was opened", where=path, hint="open the checkpoint again"
+            "the file was changed after the checkpoint was opened",
+            where=path,
+            hint="open the checkpoint again",
         )
 
 

@@ -47,7 +47,9 @@ _NAMES = {
     "BOOL": "bool",
     "C64": "complex64",
 }
-DTYPES: dict[str, torch.dtype] = {key: getattr(torch, name) for key, name in _NAMES.items() if hasattr(torch, name)}
+DTYPES: dict[str, torch.dtype] = {
+    key: getattr(torch, name) for key, name in _NAMES.items() if hasattr(torch, name)
+}
 """The format's names of dtypes, and torch's; those that torch cannot hold (sub-byte floats) are left out."""
 
 _MAX_COUNT = 2**63 - 1  # torch counts elements and bytes in int64
@@ -152,7 +154,12 @@ def _natural(literal: str) -> int:
 
 
 def loads_strictly(
-    text: bytes, path: Path, *, offset: int = 0, error: type[CheckpointError] = HeaderError, floats: bool = False
+    text: bytes,
+    path: Path,
+    *,
+    offset: int = 0,
+    error: type[CheckpointError] = HeaderError,
+    floats: bool = False,
 ) -> dict[str, Any]:
     """Parse a JSON object in UTF-8 whose keys are unique and whose numbers are natural.
 
@@ -171,7 +178,11 @@ def loads_strictly(
             content = json.loads(decoded, object_pairs_hook=_unique)
         else:
             content = json.loads(
-                decoded, object_pairs_hook=_unique, parse_int=_natural, parse_float=_refuse, parse_constant=_refuse
+                decoded,
+                object_pairs_hook=_unique,
+                parse_int=_natural,
+                parse_float=_refuse,
+                parse_constant=_refuse,
             )
         if not isinstance(content, dict):
             raise ValueError("it is no JSON object")
@@ -184,6 +195,7 @@ def loads_strictly(
 def _positions(text: bytes, path: Path, offset: int, kind: type[CheckpointError]) -> Iterator[None]:
     """Turn what a parser raises into ``kind`` with the file and, where known, the byte."""
     at: int | None = None
+    cause: Exception
     try:
         yield
         return
@@ -199,12 +211,16 @@ def _positions(text: bytes, path: Path, offset: int, kind: type[CheckpointError]
         cause, what = error, f"the name {error.args[0][:200]!r} occurs twice"
     except (ValueError, RecursionError, MemoryError) as error:
         cause = error
-        what = "the JSON is nested too deep" if isinstance(error, RecursionError) else f"invalid JSON: {error}"
+        what = (
+            "the JSON is nested too deep" if isinstance(error, RecursionError) else f"invalid JSON: {error}"
+        )
     where = path if at is None else f"{path}, byte {offset + at}"
     raise kind(what, where=where, hint="write or download it again") from cause
 
 
-def _entries(content: dict[str, Any], path: Path, start: int, identity: FileIdentity) -> dict[str, TensorEntry]:
+def _entries(
+    content: dict[str, Any], path: Path, start: int, identity: FileIdentity
+) -> dict[str, TensorEntry]:
     """Check every tensor by itself, then all of them as one gapless row from ``start`` to the file's end."""
     found = [_entry(name, info, path, start, identity) for name, info in content.items()]
     found.sort(key=lambda entry: (entry.offset, entry.nbytes))
@@ -243,7 +259,9 @@ def _entry(name: str, info: Any, path: Path, start: int, identity: FileIdentity)
             raise _bad(name, f"has a shape too big to count: {str(shape)[:100]}", path)
     begin, end = offsets
     if end - begin != nbytes:
-        raise _bad(name, f"has {end - begin} bytes where its shape and dtype make {nbytes}", path, start + begin)
+        raise _bad(
+            name, f"has {end - begin} bytes where its shape and dtype make {nbytes}", path, start + begin
+        )
     return TensorEntry(name, dtype, tuple(shape), path, start + begin, nbytes, identity)
 
 

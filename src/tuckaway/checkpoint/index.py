@@ -14,17 +14,25 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from tuckaway import files
 from tuckaway.checkpoint.entry import TensorEntry, open_regular
 from tuckaway.checkpoint.header import MAX_HEADER, loads_strictly
-from tuckaway.errors import CheckpointError, CheckpointNotFound, ShardIndexError, UnsafeFormatError, UnsafePathError
+from tuckaway.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    ShardIndexError,
+    UnsafeFormatError,
+    UnsafePathError,
+)
 
 __all__ = [
     "INDEX_SUFFIX",
     "PICKLE_SUFFIXES",
     "SAFETENSORS",
     "ShardIndex",
+    "check_one_format",
     "check_shards",
     "find_weights",
     "read_index",
     "resolve_inside",
+    "shard_names",
 ]
 
 SAFETENSORS = ".safetensors"
@@ -37,6 +45,7 @@ _PREFERRED = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_DISTRUST = "do not use this checkpoint"
 _NO_WEIGHTS = ("optimizer", "scheduler", "training_args", "random_states", "rng_state", "scaler", "sampler")
 
 
@@ -71,10 +80,7 @@ def read_index(path: files.PathLike) -> ShardIndex:
         UnsafeFormatError: its shards are of different formats, or of an unknown one.
     """
     path = Path(path)
-    content = loads_strictly(_read_all(path), path, error=ShardIndexError, floats=True)
-    weight_map, metadata = content.get("weight_map"), content.get("metadata", {})
-    if not isinstance(weight_map, dict) or not all(type(name) is str for name in weight_map.values()):
-        raise ShardIndexError("the index has no weight_map from names to files", where=path)
+    weight_map, metadata = _parse(path)
     names = sorted(set(weight_map.values()))
     check_one_format(names, path)
     shards = {name: resolve_inside(path.parent, name, path) for name in names}
@@ -86,7 +92,29 @@ def read_index(path: files.PathLike) -> ShardIndex:
             where=path,
             hint="download them, or the whole checkpoint, again",
         )
-    return ShardIndex(path, weight_map, shards, metadata if isinstance(metadata, dict) else {})
+    return ShardIndex(path, weight_map, shards, metadata)
+
+
+def shard_names(path: Path) -> list[str]:
+    """Return the file names of an index whose shards may not be there yet, in their order.
+
+    Raises:
+        ShardIndexError, UnsafePathError, UnsafeFormatError: as :func:`read_index`.
+    """
+    names = sorted(set(_parse(path)[0].values()))
+    check_one_format(names, path)
+    for name in names:
+        resolve_inside(path.parent, name, path)
+    return names
+
+
+def _parse(path: Path) -> tuple[dict[str, str], dict[str, object]]:
+    """Return an index's ``weight_map`` and ``metadata``."""
+    content = loads_strictly(_read_all(path), path, error=ShardIndexError, floats=True)
+    weight_map, metadata = content.get("weight_map"), content.get("metadata", {})
+    if not isinstance(weight_map, dict) or not all(type(name) is str for name in weight_map.values()):
+        raise ShardIndexError("the index has no weight_map from names to files", where=path)
+    return weight_map, metadata if isinstance(metadata, dict) else {}
 
 
 def _read_all(path: Path) -> bytes:
@@ -94,7 +122,9 @@ def _read_all(path: Path) -> bytes:
     try:
         size = os.fstat(fd).st_size
         if size > MAX_HEADER:
-            raise ShardIndexError(f"an index of {size} bytes is longer than the {MAX_HEADER} allowed", where=path)
+            raise ShardIndexError(
+                f"an index of {size} bytes is longer than the {MAX_HEADER} allowed", where=path
+            )
         data = bytearray(size)
         got = files.read_at(fd, memoryview(data), 0, path)
     finally:
@@ -114,12 +144,10 @@ def check_one_format(names: Iterable[str], path: Path) -> None:
             continue
         if safe or not name.endswith(PICKLE_SUFFIXES):
             kind = "an index of safetensors" if safe else "an index"
-            raise UnsafeFormatError(f"{kind} names the file {name[:200]!r}", where=path, hint="do not use this checkpoint")
+            raise UnsafeFormatError(f"{kind} names the file {name[:200]!r}", where=path, hint=_DISTRUST)
     kinds = {name.endswith(SAFETENSORS) for name in names}
     if len(kinds) > 1:
-        raise UnsafeFormatError(
-            "the index mixes safetensors and pickles", where=path, hint="do not use this checkpoint"
-        )
+        raise UnsafeFormatError("the index mixes safetensors and pickles", where=path, hint=_DISTRUST)
 
 
 def resolve_inside(folder: Path, name: str, where: Path | None = None) -> Path:
@@ -145,7 +173,7 @@ def resolve_inside(folder: Path, name: str, where: Path | None = None) -> Path:
         raise UnsafePathError(
             f"the file name {name[:200]!r} leads out of the checkpoint's folder",
             where=where,
-            hint="do not use this checkpoint",
+            hint=_DISTRUST,
         )
     path = folder / name
     real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
@@ -193,7 +221,9 @@ def check_shards(index: ShardIndex, found: Mapping[str, Mapping[str, TensorEntry
 
 
 def _disagree(index: ShardIndex, what: str) -> ShardIndexError:
-    return ShardIndexError(what, where=index.path, hint="the files are of different checkpoints: download them again")
+    return ShardIndexError(
+        what, where=index.path, hint="the files are of different checkpoints: download them again"
+    )
 
 
 def find_weights(folder: Path) -> tuple[Path, tuple[str, ...]]:

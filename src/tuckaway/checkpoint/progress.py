@@ -42,7 +42,12 @@ class Progress:
         self._bar: Any = None
         if show:
             self._bar = _Bar(
-                total=total, desc=description, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True
+                total=total,
+                desc=description,
+                unit="B",
+                unit_scale=True,
+                unit_divisor=1024,
+                dynamic_ncols=True,
             )
 
     def update(self, nbytes: int, name: str) -> None:
@@ -51,7 +56,9 @@ class Progress:
             return
         if name != self._name:
             self._name = name
-            self._bar.set_postfix_str(name[-40:], refresh=False)  # the end of a name tells it from its neighbours
+            self._bar.set_postfix_str(
+                name[-40:], refresh=False
+            )  # the end of a name tells it from its neighbours
         self._bar.update(nbytes)
 
     def close(self) -> None:

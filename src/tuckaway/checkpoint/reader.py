@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -164,6 +165,7 @@ def _run(requests: list[Request], piece_bytes: int, progress: bool | None) -> It
                 yield Piece(part.entry, part.start, tensor, part.last)
                 bar.update(part.nbytes, part.entry.name)
             del tensors
+        source.finish()
 
 
 def _batches(requests: list[Request], piece_bytes: int) -> Iterator[_Batch]:
@@ -195,9 +197,9 @@ class _Buffer:
 
     def get(self, nbytes: int) -> torch.Tensor:
         if nbytes > self.nbytes:
-            return torch.empty(nbytes, dtype=torch.uint8)
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         if self.memory is None:
-            self.memory = torch.empty(self.nbytes, dtype=torch.uint8)
+            self.memory = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
         return self.memory
 
 
@@ -213,17 +215,17 @@ class _Source:
     def fill(self, batch: _Batch, buffer: _Buffer) -> list[torch.Tensor]:
         """Read a batch into a buffer and return the tensors of its parts."""
         first = batch.parts[0]
-        if not type(first.entry) is TensorEntry:
+        if type(first.entry) is not TensorEntry:
             return [self._whole(part) for part in batch.parts]
         memory = buffer.get(batch.nbytes)
-        view = memoryview(memory.numpy())
+        view = _bytes(memory)
         self.open(first.entry)
         views = [view[part.place : part.place + part.nbytes] for part in batch.parts if part.nbytes]
         self.read(views, first.offset, batch)
         return [
             memory[part.place : part.place + part.nbytes].view(part.entry.dtype)
             if part.nbytes
-            else torch.empty(0, dtype=part.entry.dtype)
+            else torch.empty(0, dtype=part.entry.dtype, device="cpu")
             for part in batch.parts
         ]
 
@@ -239,7 +241,7 @@ class _Source:
     def open(self, entry: TensorEntry) -> None:
         """Make sure that the entry's file is open and still the one that was checked."""
         if self.path != entry.path:
-            self.close()
+            self.finish()
             self.fd = open_regular(entry.path)
             self.path, self.entry = entry.path, entry
             if entry.identity is not None:
@@ -278,19 +280,29 @@ class _Source:
     def _failed(self, number: int | None, batch: _Batch, offset: int) -> CheckpointError:
         reason = os.strerror(number or errno.EIO)
         return CheckpointError(
-            f"cannot read {_names(batch, offset)}: {reason}", where=f"{batch.parts[0].entry.path}, byte {offset}"
+            f"cannot read {_names(batch, offset)}: {reason}",
+            where=f"{batch.parts[0].entry.path}, byte {offset}",
         )
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Close the file, and complain if it changed while it was read."""
-        if self.fd < 0:
-            return
-        fd, self.fd, path, self.path = self.fd, -1, self.path, None
         try:
-            if self.entry is not None and self.entry.identity is not None and path is not None:
-                self.entry.identity.check(fd, path)
+            if self.fd >= 0 and self.entry is not None and self.entry.identity is not None:
+                self.entry.identity.check(self.fd, self.entry.path)
         finally:
-            os.close(fd)
+            self.close()
+
+    def close(self) -> None:
+        """Close the file as it is."""
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd, self.path, self.entry = -1, None, None
+
+
+def _bytes(memory: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor of uint8, to be written to."""
+    array: Any = memory.numpy()
+    return memoryview(array)
 
 
 def _names(batch: _Batch, offset: int) -> str:
@@ -304,11 +316,11 @@ def _make(entry: TensorEntry, source: _Source) -> torch.Tensor:
     if isinstance(entry, ResidentEntry):
         return entry.data
     nbytes = entry.span if isinstance(entry, StridedEntry) else entry.nbytes
-    memory = torch.empty(nbytes, dtype=torch.uint8)
+    memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     if nbytes:
         source.open(entry)
         batch = _Batch([_Part(entry, 0, entry.offset, nbytes, 0, True)], nbytes)
-        source.read([memoryview(memory.numpy())], entry.offset, batch)
+        source.read([_bytes(memory)], entry.offset, batch)
     values = memory.view(entry.dtype)
     if isinstance(entry, StridedEntry):
         return values.as_strided(entry.shape, entry.stride).contiguous()

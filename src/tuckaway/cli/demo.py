@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import psutil
 import torch
-from torch import nn
 
 import tuckaway
-from tuckaway.cli.show import Screen, megabytes, name_runs
+from tuckaway.cli.show import Screen, name_runs
 from tuckaway.cli.smollm2 import REPOSITORY, smollm2
-from tuckaway.errors import ConfigError
-from tuckaway.plan import choose_specs, tied_groups
+from tuckaway.errors import CheckpointNotFound, ConfigError
+from tuckaway.plan import choose_specs, compute_module_sizes, format_bytes, parse_bytes
 
 __all__ = ["default_budget", "parse_max_memory", "run_demo"]
 
@@ -55,22 +52,34 @@ def run_demo(
     screen = screen or Screen()
     budget = None if max_memory is None else parse_max_memory(max_memory)
     source = model if model is not None else str(smollm2())
-    # A GPU computes in bf16 at twice the speed; a CPU without bf16 units is slower in it than in fp32.
+    # GPUs compute in bf16 fastest; CPUs, at the batch of one that an answer is, in fp32
     compute_dtype = torch.bfloat16 if torch.accelerator.is_available() else torch.float32
     config = tuckaway.QuantizationConfig(format=format, compute_dtype=compute_dtype)
 
-    architecture = AutoConfig.from_pretrained(source)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    try:
+        architecture = AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except OSError as error:  # what transformers raises for a folder or Hub id it cannot read
+        first = str(error).partition("\n")[0].rstrip(".")
+        raise CheckpointNotFound(
+            first, where=source, hint="name a folder or a Hub id with --model"
+        ) from error
     with tuckaway.init_empty_weights():
         network: Any = AutoModelForCausalLM.from_config(architecture)
     network.eval()
     network.tie_weights()
-    sizes = _Sizes.of(network, config)
+    parameters = sum(p.numel() for p in network.parameters())
     screen.line(
-        f"{model or REPOSITORY}: {sizes.parameters / 1e6:,.1f} million parameters, built empty; {source}"
+        f"{model or REPOSITORY}: {parameters / 1e6:,.1f} million parameters, built empty", style="bold"
     )
+    screen.line(f"weights from {source}")
+    whole = set(network._no_split_modules or ())
+    blocks = [name for name, module in network.named_modules() if type(module).__name__ in whole]
+    if budget is None:
+        specs, _ = choose_specs(network, config)
+        budget = default_budget(compute_module_sizes(network, specs=specs), blocks)
 
-    before = _process_bytes(), _accelerator_bytes()
+    before = _memory()
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="tuckaway-demo-") as offload_folder:
         network = tuckaway.load_and_quantize_model(
@@ -78,136 +87,98 @@ def run_demo(
             config,
             weights_location=source,
             device_map="auto",
-            max_memory=budget if budget is not None else default_budget(sizes),
-            no_split_module_classes=network._no_split_modules,
+            max_memory=budget,
+            no_split_module_classes=sorted(whole),
             offload_folder=offload_folder,
         )
         seconds = time.perf_counter() - began
-        _show_placement(screen, network.hf_device_map, sizes)
-        _show_memory(screen, sizes, config, before, seconds)
+        _show_placement(screen, network)
+        _show_memory(screen, network, 4 * parameters, before, seconds)
         _answer(screen, network, tokenizer, prompt, max_new_tokens)
 
 
-def parse_max_memory(text: str) -> dict[int | str, str]:
+def parse_max_memory(text: str) -> dict[int | str, int | str]:
     """Read memory by device as the command line has it.
 
     Raises:
         ConfigError: it is no list of ``DEVICE=SIZE``.
+        PlanError: a size that is none.
 
     Example:
-        >>> parse_max_memory("0=100MB,cpu=40MB")
-        {0: '100MB', 'cpu': '40MB'}
+        >>> parse_max_memory("0=100MB,cpu=1.5GiB")
+        {0: 100000000, 'cpu': 1610612736}
     """
-    result: dict[int | str, str] = {}
+    result: dict[int | str, int | str] = {}
     for item in text.split(","):
-        found = re.fullmatch(r"\s*(\d+|cpu)\s*=\s*(\d+(?:\.\d+)?\s*[KMGT]?i?B)\s*", item, re.IGNORECASE)
-        if found is None:
+        device, _, size = item.strip().partition("=")
+        if not (device.isdigit() or device in ("cpu", "disk", "mps")) or not size:
             raise ConfigError(
-                f"{item.strip()!r} is no DEVICE=SIZE", hint="write --max-memory '0=100MB,cpu=40MB'"
+                f"{item.strip()!r} is no DEVICE=SIZE", hint="write --max-memory 0=100MB,cpu=40MB"
             )
-        device = found[1].lower()
-        result[int(device) if device.isdigit() else device] = found[2].replace(" ", "")
+        result[int(device) if device.isdigit() else device] = parse_bytes(size)
     return result
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Exact bytes of a model in its final form, before anything is loaded.
-
-    Args:
-        parameters: number of weights, tied ones once.
-        full_bytes: the parameters in fp32.
-        of_tensor: bytes of every parameter and buffer; a tied one under its first name alone.
-        blocks: names of the modules that may not be split: the decoder layers.
-    """
-
-    parameters: int
-    full_bytes: int
-    of_tensor: Mapping[str, int]
-    blocks: tuple[str, ...]
-
-    @classmethod
-    def of(cls, model: nn.Module, config: tuckaway.QuantizationConfig) -> _Sizes:
-        specs, _ = choose_specs(model, config)
-        repeated = {name for group in tied_groups(model) for name in list(group)[1:]}
-        parameters = sum(p.numel() for p in model.parameters())
-        whole = set(getattr(model, "_no_split_modules", None) or ())
-        return cls(
-            parameters=parameters,
-            full_bytes=4 * parameters,
-            of_tensor={name: spec.nbytes for name, spec in specs.items() if name not in repeated},
-            blocks=tuple(name for name, module in model.named_modules() if type(module).__name__ in whole),
-        )
-
-    def under(self, module: str) -> int:
-        """Bytes of everything below a module."""
-        return sum(n for name, n in self.of_tensor.items() if not module or name.startswith(f"{module}."))
-
-
-def default_budget(sizes: _Sizes) -> dict[int | str, int]:
+def default_budget(sizes: Mapping[str, int], blocks: Sequence[str]) -> dict[int | str, int | str]:
     """Return a ``max_memory`` under which every kind of placement is in use.
 
-    The executing device gets what is no decoder layer (the embedding, mostly), the two slots that blocks are paged
-    into, and room for two fifths of the blocks. Under a GPU, RAM has room for three tenths. The rest goes to disk.
+    The executing device gets what is no block (the embedding, mostly), the two slots that blocks are paged into, and
+    room for two fifths of the blocks. Under a GPU, RAM has room for three tenths. The rest goes to disk.
+
+    Args:
+        sizes: final bytes by module; ``""`` is the whole model.
+        blocks: names of the modules that may not be split.
     """
-    blocks = [sizes.under(name) for name in sizes.blocks]
-    rest = sizes.under("") - sum(blocks)
-    resident = rest + 2 * max(blocks, default=0) + int(_RESIDENT_SHARE * sum(blocks))
+    each = [sizes[name] for name in blocks]
+    resident = sizes[""] - sum(each) + 2 * max(each, default=0) + int(_RESIDENT_SHARE * sum(each))
     if torch.accelerator.is_available():
-        return {0: resident, "cpu": int(_RAM_SHARE * sum(blocks))}
+        return {0: resident, "cpu": int(_RAM_SHARE * sum(each))}
     return {"cpu": resident}
 
 
-def _show_placement(screen: Screen, device_map: Mapping[str, Any], sizes: _Sizes) -> None:
-    by_place: defaultdict[str, list[str]] = defaultdict(list)
-    for module, place in device_map.items():
-        by_place[str(place)].append(module)
+def _show_placement(screen: Screen, model: Any) -> None:
+    modules: defaultdict[int | str, list[str]] = defaultdict(list)
+    for name, place in model.hf_device_map.items():
+        modules[place].append(name or "everything")
     gpu = torch.accelerator.is_available()
     meaning = {
-        "cpu": "RAM (cpu), paged to the GPU for its turn" if gpu else "RAM (cpu), resident",
+        "cpu": "RAM, paged to the GPU for its turn" if gpu else "RAM, resident",
         "disk": f"disk, paged to {'the GPU' if gpu else 'RAM'} for its turn",
     }
     rows = [
         (
-            meaning.get(place, f"GPU {place}, resident"),
-            name_runs(modules) or "everything",
-            megabytes(sum(sizes.under(module) for module in modules)),
+            str(place),
+            meaning.get(str(place), "GPU, resident"),
+            name_runs(modules[place]),
+            format_bytes(nbytes),
         )
-        for place, modules in by_place.items()
+        for place, nbytes in model.quantization_report.bytes_by_device().items()
     ]
     screen.line()
-    screen.table("Where everything went", ("placement", "blocks", "size"), rows)
+    screen.table("Where everything went", ("on", "which is", "modules", "size"), rows)
 
 
-def _show_memory(
-    screen: Screen,
-    sizes: _Sizes,
-    config: tuckaway.QuantizationConfig,
-    before: tuple[int, int],
-    seconds: float,
-) -> None:
-    other = str(config.plain_dtype).removeprefix("torch.")
+def _show_memory(screen: Screen, model: Any, full: int, before: tuple[int, int], seconds: float) -> None:
+    formats = model.quantization_report.bytes_by_format().items()
+    process, accelerator = _memory()
     rows = [
-        ("weights in fp32", megabytes(sizes.full_bytes)),
-        (f"weights in {config.format}, embeddings and norms in {other}", megabytes(sizes.under(""))),
-        ("private memory of this process before loading", megabytes(before[0])),
-        ("private memory of this process after loading", megabytes(_process_bytes())),
-    ]
+        ("weights in fp32", format_bytes(full)),
+        ("weights now: " + ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in formats),
+         format_bytes(tuckaway.memory_footprint(model))),
+        ("private memory of this process before loading", format_bytes(before[0])),
+        ("private memory of this process after loading", format_bytes(process)),
+    ]  # fmt: skip
     if torch.accelerator.is_available():
-        rows += [
-            ("GPU memory before loading", megabytes(before[1])),
-            ("GPU memory after loading", megabytes(_accelerator_bytes())),
-        ]
+        rows.append(("GPU memory before loading", format_bytes(before[1])))
+        rows.append(("GPU memory after loading", format_bytes(accelerator)))
     screen.line()
-    screen.table(f"Memory; loaded and quantized in {seconds:.1f} s", ("what", "size"), rows)
+    screen.table(f"Memory; read, quantized and placed in {seconds:.1f} s", ("what", "size"), rows)
 
 
-def _process_bytes() -> int:
-    return int(psutil.Process().memory_full_info().uss)
-
-
-def _accelerator_bytes() -> int:
-    return torch.accelerator.memory_allocated() if torch.accelerator.is_available() else 0
+def _memory() -> tuple[int, int]:
+    """Bytes that this process has for itself, and bytes of tensors on the accelerator."""
+    private = int(psutil.Process().memory_full_info().uss)
+    return private, torch.accelerator.memory_allocated() if torch.accelerator.is_available() else 0
 
 
 def _answer(screen: Screen, model: Any, tokenizer: Any, prompt: str, limit: int) -> None:

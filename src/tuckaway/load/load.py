@@ -6,7 +6,6 @@ import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from tuckaway.checkpoint import Checkpoint
-from tuckaway.config import QuantizationConfig, as_dtype
+from tuckaway.config import QuantizationConfig
 from tuckaway.errors import ConfigError, LoadOutOfMemoryError, PlanError, TuckawayError
 from tuckaway.load.bind import bind_kept, bind_resident, check_kept
 from tuckaway.load.fill import fill, fill_from_tensors
@@ -23,14 +22,13 @@ from tuckaway.load.match import Feed, Match, match_checkpoint, match_model
 from tuckaway.load.place import Destination, InPage, OnDevice, OnDisk
 from tuckaway.paging import PageHomes, PagePlan, attach, plan_pages
 from tuckaway.plan import (
-    QuantizationReport,
     check_devices,
     choose_specs,
-    find_tied_parameters,
-    place_tensors,
+    main_device_of,
+    quantization_report,
     resolve_device_map,
+    tied_groups,
 )
-from tuckaway.plan import main_device as main_device_of
 from tuckaway.tensor import TensorSpec
 
 __all__ = ["load_and_quantize_model", "load_checkpoint_and_dispatch", "run"]
@@ -222,10 +220,8 @@ def run(
     own_config: bool = True,
 ) -> nn.Module:
     """Do the whole job; ``checkpoint=None`` takes the weights that the model has. The public functions call this."""
-    wanted, reasons = choose_specs(model, config, strict=own_config)
-    if dtype is not None:
-        wanted = _cast(wanted, as_dtype(dtype, "dtype"))
-    groups = find_tied_parameters(model)
+    wanted, reasons = choose_specs(model, config, dtype=dtype, strict=own_config)
+    groups = tied_groups(model)
     match = _match(model, checkpoint, wanted, groups, config, strict=strict)
     specs = {**wanted, **match.specs}
     placement = resolve_device_map(
@@ -237,7 +233,7 @@ def run(
         offload_buffers=offload_buffers,
     )
     check_devices(placement)
-    executing = _device(main_device) if main_device is not None else main_device_of(placement)
+    executing = main_device_of(placement, main_device)
     if offload_folder is None and any(str(place) == "disk" for place in placement.values()):
         raise PlanError(
             "blocks are placed on disk and offload_folder is None",
@@ -268,7 +264,7 @@ def run(
         attach(model, plan, homes, skip_keys=skip_keys)
         undo.pop_all()
     model.hf_device_map = dict(placement)  # type: ignore[assignment]
-    model.quantization_report = QuantizationReport.of(specs, reasons, place_tensors(model, placement))  # type: ignore[assignment]
+    model.quantization_report = quantization_report(specs, reasons, placement, ties=groups)  # type: ignore[assignment]
     return model
 
 
@@ -335,26 +331,6 @@ def _match(
     if match.unexpected:
         _log.warning("left out %d tensors that the model has no place for: %s", len(match.unexpected), match.unexpected[:5])
     return match
-
-
-def _cast(specs: Mapping[str, TensorSpec], dtype: torch.dtype | None) -> dict[str, TensorSpec]:
-    """Give every plain float tensor of the state dict another dtype."""
-    return {
-        name: replace(spec, dtype=dtype)
-        if dtype is not None and spec.persistent and spec.layout is None and spec.dtype.is_floating_point
-        else spec
-        for name, spec in specs.items()
-    }
-
-
-def _device(device: int | str | torch.device) -> torch.device:
-    """Return the device called so; a number is an accelerator's."""
-    if isinstance(device, int):
-        accelerator = torch.accelerator.current_accelerator()
-        if accelerator is None:
-            raise PlanError(f"no accelerator {device} on this machine", hint='use main_device="cpu"')
-        return torch.device(accelerator.type, device)
-    return torch.device(device)
 
 
 def _named_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import mmap
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -56,7 +57,9 @@ class Arena:
             end = aligned(end + layout.nbytes, ALIGNMENT)
         self.nbytes = end
         self.buffer = host_memory(end)
-        self._wanted = torch.accelerator.is_available() if pin is None else pin and torch.accelerator.is_available()
+        self._wanted = (
+            torch.accelerator.is_available() if pin is None else pin and torch.accelerator.is_available()
+        )
         self._registered: list[int] = []
         self._pinned_to = 0
 
@@ -117,11 +120,15 @@ def _register(address: int, nbytes: int) -> bool:
         return False
     # 1: cudaHostRegisterPortable, valid for every device. The binding returns an error code, and may raise as well
     try:
-        return int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 1)) == 0
+        return int(_runtime().cudaHostRegister(address, nbytes, 1)) == 0
     except RuntimeError:
         logger.debug("cudaHostRegister failed", exc_info=True)
         return False
 
 
 def _unregister(address: int) -> None:
-    torch.cuda.cudart().cudaHostUnregister(address)
+    _runtime().cudaHostUnregister(address)
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

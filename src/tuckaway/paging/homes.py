@@ -133,7 +133,9 @@ class PageHomes:
         with torch.no_grad():
             for component, view in views.items():
                 if (view.shape, view.dtype) != (parts[component].shape, parts[component].dtype):
-                    raise ValueError(f"{name!r} is {parts[component].dtype}, its place in the page {view.dtype}")
+                    raise ValueError(
+                        f"{name!r} is {parts[component].dtype}, its place in the page {view.dtype}"
+                    )
                 view.copy_(parts[component])
 
     def pin_step(self) -> bool:
@@ -155,13 +157,10 @@ class PageHomes:
             ChecksumError: bytes changed on disk.
         """
         unit, canonical = self._unit(name)
-        if unit.home == "cpu":
+        if self.store is None or unit.home == "cpu":
             return self.views(canonical)
-        assert self.store is not None
-        number = self.number(unit)
-        return {
-            item.key[1]: self.store.read_item(number, item) for item in unit.layout.items if item.key[0] == canonical
-        }
+        number, items = self.number(unit), unit.layout.items
+        return {item.key[1]: self.store.read_item(number, item) for item in items if item.key[0] == canonical}
 
     def _unit(self, name: str) -> tuple[PageUnit, str]:
         unit = self.plan.page_of(name)
@@ -188,7 +187,8 @@ class PageHomes:
 def _check(tensor: torch.Tensor, item: PageItem) -> None:
     if tuple(tensor.shape) != item.shape or tensor.dtype != item.dtype:
         raise ValueError(
-            f"{item.key[0]!r} needs {list(item.shape)} {item.dtype} in its page, not {list(tensor.shape)} {tensor.dtype}"
+            f"{item.key[0]!r} is {list(item.shape)} {item.dtype} in its page, "
+            f"not {list(tensor.shape)} {tensor.dtype}"
         )
 
 

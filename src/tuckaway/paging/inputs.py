@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -23,7 +24,11 @@ def move(value: Any, device: torch.device, skip: Collection[str] = ()) -> Any:
         skip: keys of mappings that are left alone.
     """
     if isinstance(value, torch.Tensor):
-        return value if value.device == device else value.to(device, non_blocking=device.type != "cpu")
+        if value.device == device:
+            return value
+        # out of pageable memory the driver takes the bytes before it returns; pinned memory its owner may overwrite
+        at_once = device.type == "cpu" or (value.device.type == "cpu" and value.is_pinned())
+        return value.to(device, non_blocking=not at_once)
     if isinstance(value, tuple | list):
         moved = [move(item, device, skip) for item in value]
         if all(new is old for new, old in zip(moved, value, strict=True)):
@@ -37,14 +42,16 @@ def move(value: Any, device: torch.device, skip: Collection[str] = ()) -> Any:
         }
         if not changed:
             return value
-        whole = {key: changed.get(key, item) for key, item in value.items()}
-        return type(value)(**whole) if dataclasses.is_dataclass(value) else type(value)(whole)  # type: ignore[call-arg]
+        fresh: Any = copy.copy(value)
+        for key, new in changed.items():
+            fresh[key] = new
+        return fresh
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-        new = {name: move(item, device, skip) for name, item in fields.items() if name not in skip}
-        if all(new[name] is fields[name] for name in new):
+        new_fields = {name: move(item, device, skip) for name, item in fields.items() if name not in skip}
+        if all(new is fields[name] for name, new in new_fields.items()):
             return value
-        return dataclasses.replace(value, **new)
+        return dataclasses.replace(value, **new_fields)
     return value
 
 

@@ -72,6 +72,7 @@ class PageLayout:
 
     items: tuple[PageItem, ...]
     nbytes: int
+    _by_key: dict[Key, PageItem]
 
     def __init__(self, items: Iterable[tuple[Key, Shape, torch.dtype]]) -> None:
         placed, offset = [], 0
@@ -98,7 +99,7 @@ class PageLayout:
         raise AttributeError("a PageLayout does not change")
 
     def __getitem__(self, key: Key) -> PageItem:
-        return self._by_key[key]  # type: ignore[attr-defined, no-any-return]
+        return self._by_key[key]
 
     def __repr__(self) -> str:
         return f"PageLayout({len(self.items)} items, {self.nbytes} bytes)"
@@ -117,7 +118,9 @@ class PageLayout:
             ValueError: the buffer is another dtype, too short or not aligned to the largest item.
         """
         if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous():
-            raise ValueError(f"a page needs a contiguous 1-D uint8 buffer, not {list(buffer.shape)} {buffer.dtype}")
+            raise ValueError(
+                f"a page needs a contiguous 1-D uint8 buffer, not {list(buffer.shape)} {buffer.dtype}"
+            )
         if buffer.numel() < self.nbytes:
             raise ValueError(f"a page of {self.nbytes} bytes does not fit into a buffer of {buffer.numel()}")
         return {item.key: item.view(buffer) for item in self.items}

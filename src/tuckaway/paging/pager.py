@@ -38,7 +38,9 @@ class Binding:
 
     __slots__ = ("attribute", "away", "module", "name", "tensors")
 
-    def __init__(self, module: nn.Module, attribute: str, name: str, is_buffer: bool, away: torch.Tensor) -> None:
+    def __init__(
+        self, module: nn.Module, attribute: str, name: str, is_buffer: bool, away: torch.Tensor
+    ) -> None:
         self.module = module
         self.attribute = attribute
         self.name = name
@@ -111,7 +113,9 @@ class Pager:
         slots: pages on the device at once; two let the next one come while this one computes.
     """
 
-    def __init__(self, pages: Sequence[Page], homes: PageHomes, device: torch.device, *, slots: int = 2) -> None:
+    def __init__(
+        self, pages: Sequence[Page], homes: PageHomes, device: torch.device, *, slots: int = 2
+    ) -> None:
         self.pages = tuple(pages)
         self.device = device
         self.transfer = Transfer(homes, device)
@@ -165,7 +169,8 @@ class Pager:
             with self._lock:
                 page.users -= 1
                 if page.slot is slot and (slot.fill is None or slot.fill.done()):
-                    page.slot = slot.page = slot.fill = None
+                    page.slot = None
+                    slot.page = None
             raise
         with self._lock:
             if not own:
@@ -328,7 +333,8 @@ class Pager:
         with self._lock:
             page.gone = True
             if page.slot is not None and page.users == 0:
-                page.slot.page = page.slot = None
+                page.slot.page = None
+                page.slot = None
 
     def close(self) -> None:
         """Stop the worker, wait for copies, give the slots' memory back. Twice does no harm."""
@@ -350,4 +356,4 @@ def _guard(parameter: torch.Tensor, name: str) -> None:
             hint="freeze it (requires_grad_(False)) or map its module to the execution device",
         )
 
-    parameter.register_hook(refuse)
+    parameter.register_hook(refuse)  # type: ignore[no-untyped-call]

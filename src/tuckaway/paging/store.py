@@ -54,7 +54,9 @@ class Store:
         nbytes: size of the data file.
     """
 
-    def __init__(self, folder: Path, layouts: Sequence[PageLayout], fingerprint: str, lock: files.FolderLock) -> None:
+    def __init__(
+        self, folder: Path, layouts: Sequence[PageLayout], fingerprint: str, lock: files.FolderLock
+    ) -> None:
         self.folder = folder
         self.path = folder / _DATA
         self.layouts = tuple(layouts)
@@ -78,7 +80,9 @@ class Store:
     # Opening
 
     @classmethod
-    def open_or_create(cls, folder: str | os.PathLike[str], layouts: Sequence[PageLayout], identity: str = "") -> Store:
+    def open_or_create(
+        cls, folder: str | os.PathLike[str], layouts: Sequence[PageLayout], identity: str = ""
+    ) -> Store:
         """Open the folder's store if it is this one, or begin a new one.
 
         Args:
@@ -106,7 +110,9 @@ class Store:
                 store._reopen(manifest)
                 lock.acquire(shared=True)
             elif not alone:
-                raise StoreBusy("another process uses the offload folder for other weights", where=path, hint=_ANOTHER)
+                raise StoreBusy(
+                    "another process uses the offload folder for other weights", where=path, hint=_ANOTHER
+                )
             else:
                 _refuse_foreign(path, manifest)
                 store._begin()
@@ -122,13 +128,19 @@ class Store:
                 len(layout.items) for layout in self.layouts
             ]
         except (KeyError, TypeError, ValueError) as error:
-            raise StoreCorrupt(f"unreadable manifest: {error!r}", where=self.folder / _MANIFEST, hint=_REMOVE) from error
+            raise StoreCorrupt(
+                f"unreadable manifest: {error!r}", where=self.folder / _MANIFEST, hint=_REMOVE
+            ) from error
         if not sound:
-            raise StoreCorrupt("the manifest describes other pages", where=self.folder / _MANIFEST, hint=_REMOVE)
+            raise StoreCorrupt(
+                "the manifest describes other pages", where=self.folder / _MANIFEST, hint=_REMOVE
+            )
         try:
             self._fd = os.open(self.path, os.O_RDONLY | _FLAGS)
         except OSError as error:
-            raise StoreCorrupt(f"cannot open the pages: {error.strerror}", where=self.path, hint=_REMOVE) from error
+            raise StoreCorrupt(
+                f"cannot open the pages: {error.strerror}", where=self.path, hint=_REMOVE
+            ) from error
         size = os.fstat(self._fd).st_size
         if size != self.nbytes:
             raise StoreCorrupt(f"{size} bytes instead of {self.nbytes}", where=self.path, hint=_REMOVE)
@@ -256,7 +268,9 @@ class Store:
             raise StoreError("the store is closed", where=self.path)
         got = files.read_at(self._fd, view, offset, self.path)
         if got != len(view):
-            raise StoreCorrupt("the file ends too early", where=f"{self.path}, byte {offset + got}", hint=_REMOVE)
+            raise StoreCorrupt(
+                "the file ends too early", where=f"{self.path}, byte {offset + got}", hint=_REMOVE
+            )
 
     def _read_checksum(self, index: int, item: PageItem) -> int:
         out = torch.empty(item.nbytes, dtype=torch.uint8)
@@ -344,10 +358,14 @@ def _refuse_foreign(folder: Path, manifest: dict[str, Any] | None) -> None:
     """Leave alone what belongs to somebody else."""
     # weights that were in no file are never used again, so their pages are nobody's loss
     if manifest is not None and not str(manifest.get("fingerprint", "")).startswith("once-"):
-        raise StoreStale("the offload folder holds another model, or this one in another format", where=folder, hint=_EMPTY)
+        raise StoreStale(
+            "the offload folder holds another model, or this one in another format", where=folder, hint=_EMPTY
+        )
     names = {entry.name for entry in os.scandir(folder)}
     if "index.json" in names or any(name.endswith(".dat") for name in names):
-        raise StoreStale("the offload folder holds weights that accelerate offloaded", where=folder, hint=_EMPTY)
+        raise StoreStale(
+            "the offload folder holds weights that accelerate offloaded", where=folder, hint=_EMPTY
+        )
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -95,24 +95,21 @@ class Transfer:
         number = self.homes.number(unit)
         target = slot.buffer[: unit.layout.nbytes]
         arena, store = self.homes.arena, self.homes.store
-        if unit.home == "cpu":
-            assert arena is not None
+        if arena is not None and unit.home == "cpu":
             if self.on_device:
                 self._copy(arena.page(number), slot)
             else:
                 target.copy_(arena.page(number))
-            return
-        assert store is not None
-        if not self.on_device:
+        elif store is not None and not self.on_device:
             store.read(number, target)
             target[:0].zero_()  # an in-place change that autograd sees
-            return
-        bounce = self._bounce_buffer()
-        if self._bounced is not None:
-            self._bounced.synchronize()
-        store.read(number, bounce)
-        self._copy(bounce[: unit.layout.nbytes], slot)
-        self._bounced = slot.ready
+        elif store is not None:
+            bounce = self._bounce_buffer()
+            if self._bounced is not None:
+                self._bounced.synchronize()
+            store.read(number, bounce)
+            self._copy(bounce[: unit.layout.nbytes], slot)
+            self._bounced = slot.ready
 
     def _copy(self, source: torch.Tensor, slot: Slot) -> None:
         if self._stream is None:
@@ -137,7 +134,9 @@ class Transfer:
         """Join the worker and wait for the copies. Twice does no harm."""
         self._closed = True
         if self._worker is not None:
-            self._worker.shutdown(wait=threading.current_thread().name != "tuckaway-page_0", cancel_futures=True)
+            self._worker.shutdown(
+                wait=threading.current_thread().name != "tuckaway-page_0", cancel_futures=True
+            )
             self._worker = None
         if self._stream is not None:
             self._stream.synchronize()

@@ -6,7 +6,7 @@ A page is what is used together: a decoder layer, an embedding, the tensors a mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -131,9 +131,13 @@ def plan_pages(
         PlanError: the map leaves a tensor out, or names nothing in the model.
     """
     execution = as_device(execution_device)
-    whole = {no_split_module_classes} if isinstance(no_split_module_classes, str) else set(no_split_module_classes or ())
-    paged_homes = {"disk"} | ({"cpu"} if (execution.type != "cpu" if page_cpu is None else page_cpu) else set())
-    tree = _Tree(model, specs, device_map, whole, paged_homes)
+    classes = (
+        [no_split_module_classes]
+        if isinstance(no_split_module_classes, str)
+        else no_split_module_classes or ()
+    )
+    page_cpu = execution.type != "cpu" if page_cpu is None else page_cpu
+    tree = _Tree(model, specs, device_map, set(classes), {"cpu", "disk"} if page_cpu else {"disk"})
     canonical = _canonical(model, specs, ties)
 
     askers_of: dict[str, set[str]] = {}
@@ -159,12 +163,15 @@ def plan_pages(
 
     order = {path: index for index, path in enumerate(tree.modules)}
     asking = {asker for _, askers in groups for asker in askers}
-    pages = []
-    for (home, askers), names in sorted(groups.items(), key=lambda g: (min(order[a] for a in g[0][1]), g[0][0])):
+    pages: list[PageUnit] = []
+    ordered = sorted(groups.items(), key=lambda group: (min(order[a] for a in group[0][1]), group[0][0]))
+    for (home, askers), names in ordered:
         paths = tuple(sorted(askers, key=order.__getitem__))
         outer = any(_is_below(other, path) for path in paths for other in asking if other != path)
         layout = PageLayout.of({name: specs[name] for name in names})
-        pages.append(PageUnit(len(pages), paths[0] or type(model).__name__, home, tuple(names), layout, paths, outer))
+        pages.append(
+            PageUnit(len(pages), paths[0] or type(model).__name__, home, tuple(names), layout, paths, outer)
+        )
     moved = tree.moved(execution, {name: fixed[canonical[name]] for name in resident})
     return PagePlan(tuple(pages), execution, resident, canonical, dict(specs), moved)
 
@@ -290,10 +297,13 @@ def as_device(placement: Placement, execution: torch.device | None = None) -> to
     if isinstance(placement, int):
         accelerator = torch.accelerator.current_accelerator()
         if accelerator is None:
-            raise PlanError(f"the device map asks for accelerator {placement}, and there is none", hint="use 'cpu'")
+            raise PlanError(
+                f"the device map asks for accelerator {placement}, and there is none", hint="use 'cpu'"
+            )
         return torch.device(accelerator.type, placement)
     device = torch.device(placement)
-    if device.index is None and device.type not in ("cpu", "meta"):
+    index: int | None = device.index
+    if index is None and device.type not in ("cpu", "meta"):
         accelerator = torch.accelerator.current_accelerator()
         if accelerator is not None and accelerator.type == device.type:
             return torch.device(device.type, torch.accelerator.current_device_index())
@@ -303,8 +313,9 @@ def as_device(placement: Placement, execution: torch.device | None = None) -> to
 
 def is_called(module: nn.Module) -> bool:
     """Tell whether a module has a forward of its own (``ModuleList`` and ``ModuleDict`` have none)."""
-    forward: Callable[..., object] = type(module).forward
-    return forward is not nn.Module.forward or "forward" in module.__dict__
+    forward: object = type(module).forward
+    unimplemented: object = nn.Module.forward
+    return forward is not unimplemented or "forward" in module.__dict__
 
 
 def _home(placement: Placement) -> str:

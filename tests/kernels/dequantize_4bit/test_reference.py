@@ -57,7 +57,9 @@ def test_subnormal_scales_and_products_are_zeros_of_their_sign() -> None:
     out = dequantize_4bit(codes, torch.tensor([tiny / 2, tiny]), "nf4", 64, [128], torch.float32)
     assert out.unique().tolist() == [-tiny, 0.0, tiny]
     assert torch.signbit(out[:2]).tolist() == [True, False]
-    small = dequantize_4bit(torch.full((32,), 0x68, dtype=torch.uint8), torch.tensor([tiny]), "nf4", 64, [64], torch.float32)
+    small = dequantize_4bit(
+        torch.full((32,), 0x68, dtype=torch.uint8), torch.tensor([tiny]), "nf4", 64, [64], torch.float32
+    )
     assert small.tolist() == [0.0] * 64
 
 

@@ -41,13 +41,17 @@ def test_gives_the_bytes_of_bitsandbytes_for_edge_blocks(
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
-def test_decides_exactly_at_thresholds_and_the_cells_borders(interpret: Callable[..., Any], format: str) -> None:
+def test_decides_exactly_at_thresholds_and_the_cells_borders(
+    interpret: Callable[..., Any], format: str
+) -> None:
     limits = torch.tensor([*NF4_THRESHOLDS, *FP4_THRESHOLDS, *(k / 32 for k in range(33))])
     limits = torch.cat([limits, -limits])
     up, down = torch.tensor(torch.inf), torch.tensor(-torch.inf)
     near = torch.cat([limits, torch.nextafter(limits, up), torch.nextafter(limits, down)])
     x = torch.ones(-(-near.numel() // 63), 64)  # a 1 in each block: what is quantized is the value itself
-    x.view(-1)[torch.arange(near.numel()) // 63 * 64 + torch.arange(near.numel()) % 63 + 1] = near.clamp(-1, 1)
+    x.view(-1)[torch.arange(near.numel()) // 63 * 64 + torch.arange(near.numel()) % 63 + 1] = near.clamp(
+        -1, 1
+    )
     assert torch.equal(interpret(LAUNCH, "launch", x, format, 64)[0], quantize_4bit(x, format, 64)[0])
 
 

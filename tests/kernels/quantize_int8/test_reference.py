@@ -16,7 +16,9 @@ def test_gives_the_bytes_that_bitsandbytes_gives_on_a_gpu() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 3, 130), (5, PIECE + 3)])
-def test_codes_are_within_half_a_step_of_the_weight_in_fp16(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_codes_are_within_half_a_step_of_the_weight_in_fp16(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
     w = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
     codes, absmax = quantize_int8(w)
     half = w.half().float().view(-1, shape[-1])

@@ -1,0 +1,1 @@
+"""The product by a matrix of nf4 or fp4 codes."""

@@ -1,0 +1,168 @@
+"""Fetch a checkpoint of the Hugging Face Hub into its cache, only the files that are needed: :func:`fetch`."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tuckaway.checkpoint.index import INDEX_SUFFIX, PICKLE_SUFFIXES, SAFETENSORS, shard_names
+from tuckaway.errors import CheckpointError, CheckpointNotFound, TuckawayError, UnsafeFormatError
+
+__all__ = ["fetch", "is_repo_id"]
+
+_log = logging.getLogger("tuckaway")
+
+_SAFE = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "adapter_model.safetensors",
+)
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+_REPO_ID = re.compile(rf"(?:{_PART}/)?{_PART}")
+
+
+def is_repo_id(text: str) -> bool:
+    """Say whether ``text`` can be the id of a repository: ``"org/name"``, or ``"name"`` as the oldest ones have it.
+
+    >>> is_repo_id("gpt2"), is_repo_id("org/name"), is_repo_id("./gpt2"), is_repo_id("model.safetensors")
+    (True, True, False, False)
+    """
+    suffixes = (SAFETENSORS, INDEX_SUFFIX, *PICKLE_SUFFIXES)
+    sane = (
+        len(text) <= 96 and "--" not in text and ".." not in text and not text.endswith((".git", *suffixes))
+    )
+    return sane and _REPO_ID.fullmatch(text) is not None
+
+
+def fetch(repo_id: str, revision: str | None = None, *, allow_pickle: bool = True) -> Path:
+    """Return the local path of a repository's weight file or index, downloading what the cache lacks.
+
+    safetensors come before pickles. huggingface_hub's environment is obeyed: ``HF_HOME``, ``HF_HUB_OFFLINE``,
+    ``HF_TOKEN`` and the rest. ``config.json`` comes along where there is one.
+
+    Args:
+        repo_id: id of a model repository.
+        revision: branch, tag or commit; ``None``: the main branch.
+        allow_pickle: take pickles where there are no safetensors.
+
+    Raises:
+        CheckpointNotFound: no such repository, revision or weights, or, while offline, not in the cache.
+        UnsafeFormatError: there are pickles only, and ``allow_pickle`` is False.
+        UnsafePathError: the index names a path out of its folder.
+        CheckpointError: the download failed.
+    """
+    hub = _Hub(repo_id)
+    for name in _SAFE + _PICKLED:
+        path = hub.get(name, revision)
+        if path is None:
+            continue
+        if name in _PICKLED and not allow_pickle:
+            raise UnsafeFormatError(
+                f"the repository {repo_id!r} has pickles only, and pickles are refused (allow_pickle=False)",
+                hint="use a safetensors version of this checkpoint",
+            )
+        commit = path.parent.name  # of the cache's snapshots/<commit>/: a branch may move while we download
+        hub.get("config.json", commit)
+        if name.endswith(INDEX_SUFFIX):
+            hub.get_shards(path, commit)
+        return path
+    raise CheckpointNotFound(
+        f"no weights of {repo_id!r}{_at(revision)}, neither as a local path, nor in the Hub's cache, nor on the Hub",
+        hint="while offline (HF_HUB_OFFLINE) only what was downloaded before is found"
+        if hub.cache_only
+        else _CHECK,
+    )
+
+
+_CHECK = (
+    "check the name and the connection; the weights must have Hugging Face's names, such as model.safetensors"
+)
+
+
+class _Hub:
+    """One repository; after the first failure to reach the Hub only its cache is asked."""
+
+    def __init__(self, repo_id: str) -> None:
+        self.repo_id = repo_id
+        self.cache_only = False
+
+    def get(self, name: str, revision: str | None) -> Path | None:
+        """Return a file's path in the cache; ``None``: the repository, or the cache while offline, has none such."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        with _typed(self.repo_id, revision):
+            try:
+                return Path(
+                    hf_hub_download(self.repo_id, name, revision=revision, local_files_only=self.cache_only)
+                )
+            except (
+                LocalEntryNotFoundError
+            ) as error:  # each try to reach the Hub can take ten seconds: one is enough
+                self.cache_only = True
+                _log.debug("no %s of %s in the cache: %s", name, self.repo_id, error)
+            except EntryNotFoundError:
+                _log.debug("%s has no %s", self.repo_id, name)
+            return None
+
+    def get_shards(self, index: Path, commit: str) -> None:
+        """Download the shards of an index that the cache lacks."""
+        from huggingface_hub import snapshot_download
+
+        names = shard_names(index)
+        missing = [name for name in names if not (index.parent / name).exists()]
+        if missing and not self.cache_only:
+            patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in missing]
+            with _typed(self.repo_id, commit):
+                snapshot_download(self.repo_id, revision=commit, allow_patterns=patterns)
+            missing = [name for name in names if not (index.parent / name).exists()]
+        if missing:
+            raise CheckpointNotFound(
+                f"{len(missing)} of {len(names)} shards of {self.repo_id!r} are not in the Hub's cache: "
+                + ", ".join(missing[:3]),
+                where=index,
+                hint="download them while online",
+            )
+
+
+@contextmanager
+def _typed(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn what huggingface_hub raises into our errors; below it lies another HTTP library in each major version."""
+    from huggingface_hub import errors
+
+    what = f"{repo_id!r}{_at(revision)}"
+    try:
+        yield
+    except TuckawayError:
+        raise
+    except errors.GatedRepoError as error:
+        raise CheckpointNotFound(
+            f"access to {what} must be asked for on the Hub",
+            hint="log in with `hf auth login`, or set HF_TOKEN",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointNotFound(f"the repository {repo_id!r} has no revision {revision!r}") from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise CheckpointNotFound(
+            f"{what} is neither a local path nor a repository on the Hub",
+            hint="check the name; a private repository needs `hf auth login` or HF_TOKEN",
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise CheckpointNotFound(
+            f"the Hub cannot be reached, and its cache lacks files of {what}",
+            hint="download them while online",
+        ) from error
+    except (
+        Exception
+    ) as error:  # the HTTP library's own kinds, which are no part of huggingface_hub's interface
+        raise CheckpointError(f"cannot download {what}: {type(error).__name__}: {error}") from error
+
+
+def _at(revision: str | None) -> str:
+    return f" at {revision!r}" if revision else ""

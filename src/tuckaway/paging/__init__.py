@@ -1,0 +1,27 @@
+"""Blocks that do not fit on the device: kept in host memory or on disk, brought in for their turn."""
+
+from tuckaway.paging.arena import Arena
+from tuckaway.paging.attach import Paging, attach, detach, is_paged, materialize, offloaded_tensor, paging_of
+from tuckaway.paging.homes import PageHomes
+from tuckaway.paging.hooks import PageHook
+from tuckaway.paging.page import PageLayout
+from tuckaway.paging.store import Store
+from tuckaway.paging.units import PagePlan, PageUnit, plan_pages
+
+__all__ = [
+    "Arena",
+    "PageHomes",
+    "PageHook",
+    "PageLayout",
+    "PagePlan",
+    "PageUnit",
+    "Paging",
+    "Store",
+    "attach",
+    "detach",
+    "is_paged",
+    "materialize",
+    "offloaded_tensor",
+    "paging_of",
+    "plan_pages",
+]
