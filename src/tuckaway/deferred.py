@@ -13,10 +13,14 @@ thread; nothing of torch is patched.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum, auto
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -40,6 +44,7 @@ _LIKES = {
 """They take a shape from their argument, not values: known even when that is a parameter."""
 
 _TICKS = itertools.count()
+_NOTHING = tree_flatten(((), {}))[1]
 
 
 @dataclass(eq=False)
@@ -129,12 +134,18 @@ class Deferral:
         """
         if self._busy:
             return function(*args, **kwargs)
+        kind = _kind(function)
+        if kind is _Kind.FACTORY:
+            return self._factory(function, args, kwargs, defer, stays)
+        if kind is _Kind.FILL and defer:
+            target = args[0]
+            if not target.is_meta:
+                return function(*args, **kwargs)
+            if self._of(target) is None:
+                return target
         flat, structure = tree_flatten((args, kwargs))
-        tensors = [value for value in flat if isinstance(value, torch.Tensor)]
-        metas = [tensor for tensor in tensors if tensor.is_meta]
+        metas = [value for value in flat if isinstance(value, torch.Tensor) and value.is_meta]
         if not metas:
-            if defer and not tensors:
-                return self._factory(function, args, kwargs, flat, structure, stays)
             result = self._noted(function(*args, **kwargs))
             if defer and stays and function is aten.lift_fresh.default:
                 return self._given(result)
@@ -143,21 +154,18 @@ class Deferral:
             return self._on_deferred(function, flat, structure, defer)
         return self._on_unknown(function, flat, structure, defer=defer, stays=stays)
 
-    def _factory(
-        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], flat: list[Any], structure: Any, stays: bool
-    ) -> Any:
-        device = kwargs.get("device")
-        if not any(a.name == "device" for a in function._schema.arguments) or (device or _META_NOT) == _META:
+    def _factory(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], defer: bool, stays: bool) -> Any:
+        size = args[0] if args and isinstance(args[0], list | tuple) else None
+        small = not stays and size is not None and math.prod(size) < SMALL
+        if small or not defer or kwargs.get("device") == _META:
             return self._noted(function(*args, **kwargs))
         try:
             result = function(*args, **{**kwargs, "device": _META})
         except (NotImplementedError, RuntimeError):
             return self._noted(function(*args, **kwargs))
-        if not isinstance(result, torch.Tensor) or result.layout != torch.strided:
+        if result.layout != torch.strided or (not stays and result.numel() < SMALL):
             return self._noted(function(*args, **kwargs))
-        if not stays and result.numel() < SMALL:
-            return self._noted(function(*args, **kwargs))
-        self._record(function, flat, structure, result, stays=stays)
+        self._record(partial(function, *args, **kwargs), [], _NOTHING, result, stays=stays)
         return result
 
     def _given(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -182,6 +190,9 @@ class Deferral:
         ):
             return self._asked(function, flat, structure)
         args, kwargs = tree_unflatten([_to_meta(v) for v in flat], structure)
+        if _kind(function) is _Kind.FILL:
+            self._record(function, flat, structure, None, stays=False, written=written)
+            return args[0]
         if kwargs.get("device") == _META:
             return function(*args, **kwargs)
         if kwargs.get("device") is not None:
@@ -325,14 +336,20 @@ class Deferral:
     def _real_view(self, tensor: torch.Tensor) -> torch.Tensor:
         record = self._known(tensor)
         view = self._kept(tensor)
-        self._busy = True
+        with self.resting():
+            storage = realize(record)
+            self._made[storage._cdata] = StorageWeakRef(storage)
+            return view.on(storage)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """While this lasts, operations are done as they are."""
+        before, self._busy = self._busy, True
         try:
             with torch.no_grad():
-                return view.on(realize(record))  # type: ignore[no-any-return]
+                yield
         finally:
-            self._busy = False
-            if record.real is not None:
-                self._made[record.real._cdata] = StorageWeakRef(record.real)
+            self._busy = before
 
     def make_real(self, tensor: torch.Tensor) -> bool:
         """Turn a deferred tensor, the object itself, into a real one. False when torch cannot exchange it."""
@@ -341,9 +358,8 @@ class Deferral:
         real = self._real_view(tensor)
         if tensor.is_leaf:
             real.requires_grad_(tensor.requires_grad)
-        self._alive = [reference for reference in self._alive if reference() not in (None, tensor)] if False else [
-            reference for reference in self._alive if reference() is not None and reference() is not tensor
-        ]
+        # our own weak reference would forbid the exchange
+        self._alive = [r for r in self._alive if (other := r()) is not None and other is not tensor]
         return exchange(tensor, real)
 
     def finish(self) -> list[torch.Tensor]:
@@ -366,9 +382,6 @@ class Deferral:
         for record in self._records.values():
             if not record.storage.expired():
                 yield record
-
-
-_META_NOT = torch.device("cpu")
 
 
 def realize(record: Record) -> torch.UntypedStorage:
@@ -416,6 +429,27 @@ def exchange(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+class _Kind(Enum):
+    FACTORY = auto()
+    """Makes a tensor from no other, on a device it is told."""
+    FILL = auto()
+    """Writes to its first argument and looks at no other tensor: what initializes weights."""
+    OTHER = auto()
+
+
+@cache
+def _kind(function: Any) -> _Kind:
+    arguments = function._schema.arguments
+    tensors = [a for a in arguments if "Tensor" in str(a.type)]
+    if not tensors and any(a.name == "device" for a in arguments):
+        return _Kind.FACTORY
+    tags = function.tags
+    fills = torch.Tag.inplace in tags and torch.Tag.inplace_view not in tags
+    if fills and len(tensors) == 1 and tensors[0] is arguments[0] and str(tensors[0].type) == "Tensor":
+        return _Kind.FILL
+    return _Kind.OTHER
 
 
 def _written(function: Any, flat: list[Any], structure: Any) -> list[torch.Tensor]:

@@ -165,6 +165,10 @@ class _Operations(TorchDispatchMode):
         super().__init__()
         self.deferral = deferral
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch would import its compiler, 5 seconds, to keep it away from the method below
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -204,7 +208,7 @@ class _Calls(TorchFunctionMode):
 def _registered(parameter: nn.Parameter, deferral: Deferral) -> None:
     """Take a parameter to its device, the object itself, so that every name and list that has it keeps it."""
     device = _thread.settings[-1].device
-    with torch._C.DisableTorchFunction(), torch.no_grad():
+    with torch._C.DisableTorchFunction(), deferral.resting():
         if parameter.is_meta:
             deferral.drop(parameter)
             return

@@ -36,9 +36,9 @@ def test_table_in_a_pipe_is_plain_columns_of_full_width() -> None:
     screen.table("Title", ("what", "size"), [("a long name " * 4, "1 MB"), ("b", "22 MB")])
     assert out.getvalue().splitlines() == [
         "Title",
-        "  what" + " " * 46 + "size",
+        "  " + "what".ljust(48) + "   size",
         "  " + "a long name " * 4 + "   1 MB",
-        "  b" + " " * 49 + "22 MB",
+        "  " + "b".ljust(48) + "  22 MB",
     ]
 
 

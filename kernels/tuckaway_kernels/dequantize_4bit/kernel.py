@@ -1,7 +1,7 @@
 """Decode nf4 and fp4: one read of codes and scales, one write of the weights.
 
 The 16 values of the codebook fit in half a line of the first-level cache, so that looking one up for 32 weights
-at once is one conflict-free load: about 5 instructions a weight. The product is rounded in fp32, then once to the
+at once is one conflict-free load: 10 instructions a weight in all. The product is rounded in fp32, then once to the
 output's dtype.
 """
 

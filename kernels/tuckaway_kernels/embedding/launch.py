@@ -102,8 +102,8 @@ def _fake_int8(
 
 
 define(
-    "embedding_4bit(Tensor index, Tensor codes, Tensor scales, Tensor? nested_absmax, Tensor? nested_offset, str format, "
-    "int blocksize, int rows, int cols, ScalarType dtype) -> Tensor",
+    "embedding_4bit(Tensor index, Tensor codes, Tensor scales, Tensor? nested_absmax, Tensor? nested_offset, "
+    "str format, int blocksize, int rows, int cols, ScalarType dtype) -> Tensor",
     reference=reference.embedding_4bit,
     fake=_fake_4bit,
     triton=launch_4bit,

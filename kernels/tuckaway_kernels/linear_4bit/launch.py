@@ -35,7 +35,7 @@ def _fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, codes, scales, nested_absmax, nested_offset, bias, *ctx.options = inputs
+    _, codes, scales, nested_absmax, nested_offset, bias, *ctx.options = inputs
     ctx.save_for_backward(codes, scales, nested_absmax, nested_offset)
     ctx.bias_dtype = None if bias is None else bias.dtype
 

@@ -1,8 +1,8 @@
 """Multiply by a 4-bit matrix in plain torch: the definition of the op, and its path on the CPU.
 
 Weights are decoded as `dequantize_4bit` does it, to ``compute_dtype``; ``x`` and bias are cast to it; the product
-accumulates in fp32 and is rounded to ``compute_dtype``, then given in the dtype of ``x``. A piece of the matrix is decoded at
-a time, into one buffer (`pieces`).
+accumulates in fp32 and is rounded to ``compute_dtype``, then given in the dtype of ``x``. A piece of the matrix is
+decoded at a time, into one buffer (`pieces`).
 """
 
 from __future__ import annotations

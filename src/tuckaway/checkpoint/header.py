@@ -21,7 +21,7 @@ from tuckaway import files
 from tuckaway.checkpoint.entry import FileIdentity, TensorEntry, open_regular
 from tuckaway.errors import CheckpointError, HeaderError, StoreError, TruncatedError
 
-__all__ = ["DTYPES", "MAX_HEADER", "Header", "loads_strictly", "read_header"]
+__all__ = ["DTYPES", "MAX_HEADER", "Header", "loads_strictly", "parse_header", "read_header"]
 
 MAX_HEADER = 100_000_000
 """Bytes of the longest header that safetensors accepts."""
@@ -53,6 +53,7 @@ DTYPES: dict[str, torch.dtype] = {
 """The format's names of dtypes, and torch's; those that torch cannot hold (sub-byte floats) are left out."""
 
 _MAX_COUNT = 2**63 - 1  # torch counts elements and bytes in int64
+_AGAIN = "write or download it again"
 _KEYS = {"dtype", "shape", "data_offsets"}
 
 
@@ -88,10 +89,19 @@ def read_header(path: files.PathLike) -> Header:
         start, text = _read_text(fd, identity.size, path)
     finally:
         os.close(fd)
+    return parse_header(text, path, start, identity)
+
+
+def parse_header(text: bytes, path: Path, start: int, identity: FileIdentity) -> Header:
+    """Check a header's text, in a file of which ``identity`` gives the size and whose tensors begin at ``start``.
+
+    Raises:
+        HeaderError, TruncatedError: as :func:`read_header`.
+    """
     content = loads_strictly(text, path, offset=8)
     metadata = content.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(type(value) is str for value in metadata.values()):
-        raise HeaderError("__metadata__ does not map strings to strings", where=path)
+    if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
+        raise HeaderError("__metadata__ does not map strings to strings", where=path, hint=_AGAIN)
     return Header(_entries(content, path, start, identity), metadata, identity)
 
 
@@ -124,7 +134,7 @@ def _truncated(path: Path, expected: int, got: int, what: str) -> TruncatedError
     return TruncatedError(
         f"the file ends before {what}: {expected} bytes expected, {got} found",
         where=path,
-        hint="write or download it again",
+        hint=_AGAIN,
     )
 
 
@@ -215,7 +225,7 @@ def _positions(text: bytes, path: Path, offset: int, kind: type[CheckpointError]
             "the JSON is nested too deep" if isinstance(error, RecursionError) else f"invalid JSON: {error}"
         )
     where = path if at is None else f"{path}, byte {offset + at}"
-    raise kind(what, where=where, hint="write or download it again") from cause
+    raise kind(what, where=where, hint=_AGAIN) from cause
 
 
 def _entries(
@@ -236,7 +246,7 @@ def _entries(
         raise HeaderError(
             f"{identity.size - end} bytes lie behind the last tensor",
             where=f"{path}, byte {end}",
-            hint="write or download it again",
+            hint=_AGAIN,
         )
     return {entry.name: entry for entry in found}
 
@@ -267,4 +277,4 @@ def _entry(name: str, info: Any, path: Path, start: int, identity: FileIdentity)
 
 def _bad(name: str, what: str, path: Path, byte: int | None = None) -> HeaderError:
     where = path if byte is None else f"{path}, byte {byte}"
-    return HeaderError(f"tensor {name[:200]!r} {what}", where=where, hint="write or download it again")
+    return HeaderError(f"tensor {name[:200]!r} {what}", where=where, hint=_AGAIN)

@@ -14,9 +14,10 @@ shards         rename to ``model.safetensors``; then  shards, then rename the in
                the old index, the old shards go       old one; then the old shards go
 =============  =====================================  =====================================
 
-**Names.** Where a safetensors checkpoint was, the new shards carry a tag (``model-00001-of-00003-1f0c52ab.safetensors``), so that
-no name ever means two files: an old index, even one that a slow reader holds since before the commit, never leads to a
-new shard. Elsewhere they have Hugging Face's plain names. Pickles in the folder are left alone; readers pass over them.
+**Names.** Where a safetensors checkpoint was, the new shards carry a tag, as in
+``model-00001-of-00003-1f0c52ab.safetensors``, so that no name ever means two files: an old index, even one that a slow
+reader holds since before the commit, never leads to a new shard. Elsewhere they have Hugging Face's plain names.
+Pickles in the folder are left alone; readers pass over them.
 
 **After a kill.** Temps are removed by the next writer, and so are shards that no index names (killed between shards
 and index). One writer a folder at a time: the second gets a :class:`~tuckaway.errors.StoreBusy`.

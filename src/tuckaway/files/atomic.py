@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: :class:`AtomicFile`, :func:`write_atomically`, and :func:`reap` for the rest."""
+"""Files that appear whole or not at all: :class:`AtomicFile` and :func:`write_atomically`."""
 
 from __future__ import annotations
 

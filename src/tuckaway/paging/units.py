@@ -252,11 +252,14 @@ class _Tree:
     def _is_unit(self, path: str, module: nn.Module) -> bool:
         if type(module).__name__ in self.whole or not any(True for _ in module.children()):
             return True
-        if not is_called(module) or isinstance(module, _LISTS):
+        if not is_called(module):
             return False
-        parent, _, _ = path.rpartition(".")
-        if path and isinstance(self.modules[parent], _LISTS):
-            return True
+        is_list = isinstance(module, _LISTS)
+        if path and isinstance(self.modules[path.rpartition(".")[0]], _LISTS):
+            # a list in a list is descended into, but for a small one: Sequential(convolution, norm, activation)
+            return not is_list or not any(True for child in module.children() for _ in child.children())
+        if is_list:
+            return False
         # a root is never one page, however small: all of it would have to fit at once
         return bool(path) and not any(isinstance(m, _LISTS) for m in module.modules())
 

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import stat
+from pathlib import Path
+
+import pytest
+
+from tuckaway import files
+from tuckaway.errors import StoreError, StoreFull
+
+
+@pytest.fixture
+def opened(tmp_path):
+    fd = os.open(tmp_path / "data", os.O_RDWR | os.O_CREAT)
+    yield fd
+    os.close(fd)
+
+
+def test_what_is_written_at_an_offset_is_read_there(opened):
+    assert files.write_at(opened, b"abc", 5) == 3
+    assert files.write_at(opened, memoryview(b"").cast("B"), 0) == 0
+    view = bytearray(8)
+    assert files.read_at(opened, memoryview(view), 0) == 8
+    assert bytes(view) == b"\0" * 5 + b"abc"
+
+
+def test_reading_at_the_end_returns_what_there_is(opened):
+    files.write_at(opened, b"abc", 0)
+    view = bytearray(b"...")
+    assert files.read_at(opened, memoryview(view), 2) == 1
+    assert bytes(view) == b"c.."
+    assert files.read_at(opened, memoryview(view), 99) == 0
+
+
+def test_short_writes_and_reads_are_continued(opened, monkeypatch):
+    pwrite, preadv = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:2], offset))
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][:3]], offset))
+    files.write_at(opened, b"0123456789", 0)
+    view = bytearray(10)
+    assert files.read_at(opened, memoryview(view), 0) == 10
+    assert bytes(view) == b"0123456789"
+
+
+def test_where_there_is_no_pread_the_position_is_set(opened, monkeypatch):
+    for name in ("pwrite", "preadv", "readv"):
+        monkeypatch.delattr(os, name)
+    files.write_at(opened, b"0123", 2)
+    view = bytearray(3)
+    assert files.read_at(opened, memoryview(view), 3) == 3
+    assert bytes(view) == b"123"
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, StoreFull), (errno.EDQUOT, StoreFull), (errno.EIO, StoreError)])
+def test_errors_are_typed_and_keep_their_number(opened, monkeypatch, number, kind):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    with pytest.raises(StoreError, match=r"cannot write.*here") as caught:
+        files.write_at(opened, b"x", 0, "here")
+    assert type(caught.value) is kind
+    assert caught.value.errno == number
+
+
+def test_reserving_takes_the_blocks(opened):
+    files.reserve(opened, 1 << 20)
+    status = os.fstat(opened)
+    assert status.st_size == 1 << 20
+    assert status.st_blocks * 512 >= 1 << 20
+    files.reserve(opened, 0)
+
+
+def test_reserving_beyond_a_limit_is_store_full(opened):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(StoreFull):
+            files.reserve(opened, 1 << 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_file_system_without_reservations_is_asked_for_its_free_space(opened, tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.EOPNOTSUPP, "no")
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    files.reserve(opened, 100, tmp_path / "data")
+    assert os.fstat(opened).st_size == 100
+    with pytest.raises(StoreFull, match="are free"):
+        files.reserve(opened, 1 << 60, tmp_path / "data")
+
+
+def test_require_space(tmp_path):
+    files.require_space(tmp_path, 1)
+    with pytest.raises(StoreFull, match=r"1,152,921,504,606,846,976 bytes .* free some space"):
+        files.require_space(tmp_path, 1 << 60)
+    with pytest.raises(StoreError):
+        files.require_space(tmp_path / "missing", 1)
+
+
+def test_folders_and_names(tmp_path: Path):
+    folder = files.make_folder(tmp_path / "a" / "b")
+    assert folder.is_dir()
+    (folder / "x").write_text("x")
+    files.replace(folder / "x", folder / "y")
+    files.sync_folder(folder)
+    assert not files.remove_folder(folder)
+    assert files.remove(folder / "y")
+    assert not files.remove(folder / "y")
+    assert files.remove_folder(folder)
+    with pytest.raises(StoreError):
+        files.replace(folder / "x", folder / "y")
+    with pytest.raises(StoreError):
+        files.sync_folder(folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError):
+        files.make_folder(tmp_path / "file")
+    with pytest.raises(StoreError):
+        files.remove(tmp_path / "a")
+
+
+def test_a_folder_that_cannot_be_synced_is_let_be_but_a_failing_disk_is_not(tmp_path, monkeypatch):
+    def fail(number):
+        def fsync(_):
+            raise OSError(number, os.strerror(number))
+
+        return fsync
+
+    monkeypatch.setattr(os, "fsync", fail(errno.EINVAL))
+    files.sync_folder(tmp_path)
+    monkeypatch.setattr(os, "fsync", fail(errno.EIO))
+    with pytest.raises(StoreError):
+        files.sync_folder(tmp_path)
+
+
+def test_new_files_have_ordinary_permissions(tmp_path):
+    umask = os.umask(0o022)
+    try:
+        files.write_atomically(tmp_path / "x", b"")
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(os.stat(tmp_path / "x").st_mode) == 0o644
