@@ -223,7 +223,7 @@ def main() -> None:
             command = [sys.executable, __file__, str(options.folder), "--case", case]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
-            result = json.loads(line[7:]) if line else {"error": done.stderr[-1500:]}
+            result = json.loads(line[7:]) if line else {"error": done.stderr[-1500:].splitlines()}
             results[f"{case} ({state})"] = result
             print(case, state, result, flush=True)
             if state == "cold":

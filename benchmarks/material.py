@@ -73,7 +73,7 @@ def values(name: str, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
     """Return the tensor called ``name``; it depends on nothing but name and shape."""
     seed = zlib.crc32(("transformer.wte.weight" if name == "lm_head.weight" else name).encode())
     generator = torch.Generator().manual_seed(seed)
-    if name.endswith("attn.bias"):
+    if name.endswith(".attn.bias"):
         return torch.tril(torch.ones(shape[-2:])).view(shape).to(dtype)
     if len(shape) == 1:
         tensor = 0.05 * torch.randn(shape, generator=generator)

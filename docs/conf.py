@@ -1,13 +1,13 @@
-"""Sphinx: Markdown through MyST, furo's theme, docstrings through autodoc. Warnings are errors (``sphinx-build -W``)."""
+"""Sphinx: Markdown through MyST, the theme furo, docstrings through autodoc; ``-W`` makes warnings errors."""
 
 from __future__ import annotations
 
-from importlib.metadata import version as version_of
+import tuckaway
 
 project = "tuckaway"
 author = "the tuckaway authors"
 copyright = author
-version = release = version_of("tuckaway")
+version = release = tuckaway.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,14 @@ def page(
     fingerprint: str = "",
     offload_buffers: bool = False,
     no_split_module_classes: Any = (),
+    leave: Callable[[str], bool] = lambda name: False,
     **options: Any,
 ) -> Any:
-    """Page a model that has its values, CPU pages included when execution is on the CPU."""
-    specs = specs_of(model)
+    """Page a model that has its values, CPU pages included when execution is on the CPU.
+
+    What ``leave`` says yes to is left out, and so stays where it is.
+    """
+    specs = {name: spec for name, spec in specs_of(model).items() if not leave(name)}
     plan = plan_pages(
         model,
         specs,

@@ -8,7 +8,7 @@ reciprocal the hardware's approximation; so must everything be that wants to giv
 The approximation is the IEEE reciprocal plus -1, 0 or +1 unit in the last place, and which of them depends on the
 23 bits of the divisor's mantissa alone. ``data/mufu_rcp.xz`` holds that difference for each of the 2**23
 mantissas (int8; 112 KB compressed, 8 MiB in memory), read from an H100. It is loaded at the first use, in about
-40 ms.
+30 ms.
 
 FTZ: subnormal divisors count as zero (their reciprocal is infinite), subnormal reciprocals become zero.
 """

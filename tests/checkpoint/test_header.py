@@ -79,7 +79,12 @@ def test_an_empty_file_of_tensors(read):
     assert read(build(b"{}      ")).entries == {}
 
 
-VALID = {"__metadata__": {"a": "b"}, "a": tensor(0, 4, [1], "F32"), "b": tensor(4, 10), "z": tensor(4, 4, [0, 7])}
+VALID = {
+    "__metadata__": {"a": "b"},
+    "a": tensor(0, 4, [1], "F32"),
+    "b": tensor(4, 10),
+    "z": tensor(4, 4, [0, 7]),
+}
 
 
 BROKEN = [
@@ -107,9 +112,15 @@ BROKEN = [
     pytest.param({"a": tensor(0, 1, ["1"])}, "no list of integers", id="shape string"),
     pytest.param({"a": tensor(0, 1, [True])}, "no list of integers", id="shape bool"),
     pytest.param({"a": tensor(0, 1, [[1]])}, "no list of integers", id="shape nested"),
-    pytest.param({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1, 2]}}, "two integers", id="three offsets"),
-    pytest.param({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, None]}}, "two integers", id="null offset"),
-    pytest.param({"a": {"dtype": "U8", "shape": [1], "data_offsets": {}}}, "two integers", id="object offsets"),
+    pytest.param(
+        {"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1, 2]}}, "two integers", id="three offsets"
+    ),
+    pytest.param(
+        {"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, None]}}, "two integers", id="null offset"
+    ),
+    pytest.param(
+        {"a": {"dtype": "U8", "shape": [1], "data_offsets": {}}}, "two integers", id="object offsets"
+    ),
     pytest.param(b'{"a":{"dtype":"U8","shape":[-1],"data_offsets":[0,1]}}', "number -1", id="negative size"),
     pytest.param(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[-0,1]}}', "number -0", id="negative zero"),
     pytest.param(b'{"a":{"dtype":"U8","shape":[1.0],"data_offsets":[0,1]}}', "number 1.0", id="float size"),
@@ -210,14 +221,18 @@ def test_a_file_cut_while_it_is_read(tmp_path, monkeypatch):
     path = tmp_path / "m.safetensors"
     path.write_bytes(build(VALID, b"\0" * 10))
     preadv = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, v, offset: 0 if offset > 20 else preadv(fd, [v[0][:7]], offset))
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, v, offset: 0 if offset > 20 else preadv(fd, [v[0][:7]], offset)
+    )
     with pytest.raises(TruncatedError):
         read_header(path)
 
 
 def test_twenty_thousand_tensors_are_read_well_under_a_second(tmp_path):
     path = tmp_path / "many.safetensors"
-    header = {f"model.layers.{i}.mlp.experts.weight": tensor(2 * i, 2 * i + 2, [1, 1], "F16") for i in range(20_000)}
+    header = {
+        f"model.layers.{i}.mlp.experts.weight": tensor(2 * i, 2 * i + 2, [1, 1], "F16") for i in range(20_000)
+    }
     path.write_bytes(build(header, b"\0" * 40_000))
     best = min(_timed(path) for _ in range(3))
     assert len(read_header(path).entries) == 20_000
@@ -232,10 +247,14 @@ def _timed(path) -> float:
 
 # ---- fuzzing: never another error than ours, never a file accepted that safetensors refuses -------------------------
 
-counts = st.one_of(st.integers(0, 12), st.integers(0, 2**64), st.just(-1), st.floats(), st.none(), st.booleans())
+counts = st.one_of(
+    st.integers(0, 12), st.integers(0, 2**64), st.just(-1), st.floats(), st.none(), st.booleans()
+)
 values = st.recursive(
     st.one_of(counts, st.text(max_size=3), st.sampled_from(sorted(DTYPES))),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=2)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
     max_leaves=4,
 )
 infos = st.one_of(
@@ -263,11 +282,30 @@ def nearly_valid(draw):
     content = bytearray(build(header, bytes(begin)))
     for _ in range(draw(st.integers(0, 2))):
         at = draw(st.integers(0, len(content)))
-        content[at : at + draw(st.integers(0, 2))] = draw(st.one_of(st.binary(max_size=2), st.sampled_from(NEIGHBOURS)))
+        content[at : at + draw(st.integers(0, 2))] = draw(
+            st.one_of(st.binary(max_size=2), st.sampled_from(NEIGHBOURS))
+        )
     return bytes(content)
 
 
-NEIGHBOURS = [b"-", b"0", b"1", b".", b"e", b",", b'"', b"{", b"}", b"[", b"]", b"\\u", b" ", b"\n", b":", b"\\ud800"]
+NEIGHBOURS = [
+    b"-",
+    b"0",
+    b"1",
+    b".",
+    b"e",
+    b",",
+    b'"',
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b"\\u",
+    b" ",
+    b"\n",
+    b":",
+    b"\\ud800",
+]
 files_to_try = st.one_of(
     nearly_valid(),
     st.builds(lambda header, data: build(header, data), headers, st.binary(max_size=12)),
@@ -311,7 +349,9 @@ def test_mutations_of_a_valid_file():
         for _ in range(generator.randint(1, 3)):
             at = generator.randrange(8, len(content))
             end = at + generator.randint(0, 2)
-            content[at:end] = generator.choice(NEIGHBOURS) if generator.random() < 0.7 else generator.randbytes(1)
+            content[at:end] = (
+                generator.choice(NEIGHBOURS) if generator.random() < 0.7 else generator.randbytes(1)
+            )
         if generator.random() < 0.8:  # keep the length true, so that what lies behind it is reached
             content[:8] = (len(content) - 18).to_bytes(8, "little")
         accepted += compare_with_safetensors(bytes(content))

@@ -54,7 +54,9 @@ def test_where_there_is_no_pread_the_position_is_set(opened, monkeypatch):
     assert bytes(view) == b"123"
 
 
-@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, StoreFull), (errno.EDQUOT, StoreFull), (errno.EIO, StoreError)])
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENOSPC, StoreFull), (errno.EDQUOT, StoreFull), (errno.EIO, StoreError)]
+)
 def test_errors_are_typed_and_keep_their_number(opened, monkeypatch, number, kind):
     def fail(*_):
         raise OSError(number, os.strerror(number))

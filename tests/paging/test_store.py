@@ -12,8 +12,8 @@ import pytest
 import torch
 from tuckaway.errors import ChecksumError, StoreBusy, StoreCorrupt, StoreError, StoreFull, StoreStale
 from tuckaway.paging import store as module
-from tuckaway.paging.page import PageLayout
-from tuckaway.paging.store import EXTENT, Store
+from tuckaway.paging.page import EXTENT, PageLayout
+from tuckaway.paging.store import Store
 
 LAYOUTS = [
     PageLayout([(("a", ""), (100, 3), torch.float32), (("a", "scales"), (), torch.float16)]),
@@ -24,7 +24,9 @@ LAYOUTS = [
 
 def values(seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, 256, (layout.nbytes,), dtype=torch.uint8, generator=generator) for layout in LAYOUTS]
+    return [
+        torch.randint(0, 256, (layout.nbytes,), dtype=torch.uint8, generator=generator) for layout in LAYOUTS
+    ]
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:
@@ -83,7 +85,9 @@ def test_a_committed_store_is_opened_again_as_it_is(folder):
     with pytest.raises(StoreError, match="cannot be written"):
         store.write(0, 0, torch.zeros(1))
     store.close()
-    assert (folder / "pages.bin").stat() == before or (folder / "pages.bin").stat().st_mtime == before.st_mtime
+    assert (folder / "pages.bin").stat() == before or (
+        folder / "pages.bin"
+    ).stat().st_mtime == before.st_mtime
 
 
 def test_pieces_may_come_in_any_order(folder):
@@ -194,7 +198,9 @@ def test_an_unreadable_manifest_is_an_error(folder, damage):
         Store.open_or_create(folder, LAYOUTS, "model")
 
 
-@pytest.mark.parametrize("change", [{"checksums": None}, {"checksums": [[1]]}, {"nbytes": 5}, {"nbytes": "x"}])
+@pytest.mark.parametrize(
+    "change", [{"checksums": None}, {"checksums": [[1]]}, {"nbytes": 5}, {"nbytes": "x"}]
+)
 def test_a_manifest_that_lies_is_an_error(folder, change):
     committed(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -308,10 +314,10 @@ def test_a_failing_disk_is_a_store_error(folder, monkeypatch):
 
 def in_another_process(folder: Path, identity: str, then: str = "") -> subprocess.CompletedProcess[str]:
     code = f"""
-        import sys; sys.path[:0] = {[str(Path(__file__).parents[2] / p) for p in ('src', 'kernels')]!r}
+        import sys; sys.path[:0] = {[str(Path(__file__).parents[2] / p) for p in ("src", "kernels")]!r}
         import torch
-        from tuckaway.paging.page import PageLayout
-        from tuckaway.paging.store import EXTENT, Store
+        from tuckaway.paging.page import EXTENT, PageLayout
+        from tuckaway.paging.store import Store
         layouts = [
             PageLayout([(("a", ""), (100, 3), torch.float32), (("a", "scales"), (), torch.float16)]),
             PageLayout([]),
@@ -325,7 +331,11 @@ def in_another_process(folder: Path, identity: str, then: str = "") -> subproces
             print(type(error).__name__)
     """
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
@@ -354,7 +364,9 @@ def test_a_committed_store_is_shared(folder):
 
 
 def test_what_a_killed_process_leaves_is_written_anew(folder):
-    done = in_another_process(folder, "model", "store.write(0, 0, torch.ones(100, 3)); import os; os._exit(9)")
+    done = in_another_process(
+        folder, "model", "store.write(0, 0, torch.ones(100, 3)); import os; os._exit(9)"
+    )
     assert done.returncode == 9
     assert (folder / "pages.bin").exists()
     store = Store.open_or_create(folder, LAYOUTS, "model")

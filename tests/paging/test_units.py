@@ -91,7 +91,11 @@ def test_the_longest_entry_counts():
     assert found.page_of("blocks.0.up.weight").home == "disk"
     assert found.page_of("blocks.1.down.weight").home == "cpu"
     up = found.page_of("blocks.1.up.weight")
-    assert (up.home, up.tensors, up.askers) == ("disk", ("blocks.1.up.weight", "blocks.1.up.bias"), ("blocks.1.up",))
+    assert (up.home, up.tensors, up.askers) == (
+        "disk",
+        ("blocks.1.up.weight", "blocks.1.up.bias"),
+        ("blocks.1.up",),
+    )
     assert found.page_of("blocks.1.down.weight").outer
     assert found.page_of("norm.bias").home == "cpu"
     assert found.page_of("norm.bias").askers == ("norm",)
@@ -122,7 +126,9 @@ def test_a_module_whose_child_is_never_called_is_one_page():
 
 def test_elements_of_sequentials_and_dicts_are_pages():
     model = nn.Sequential(
-        nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), nn.ModuleDict({"a": nn.Linear(2, 2)})
+        nn.Linear(2, 2),
+        nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)),
+        nn.ModuleDict({"a": nn.Linear(2, 2)}),
     )
     assert names(plan(model, {"": "disk"})).keys() == {"0", "1", "2.a"}
 
@@ -185,7 +191,11 @@ def test_maps_that_do_not_fit_the_model_are_refused():
         plan(make(), {"blocks": "disk"})
     with pytest.raises(PlanError, match=r"names 'block', .*did you mean 'blocks'"):
         plan(make(), {"": "disk", "block": "cpu"})
-    with pytest.raises(PlanError, match=r"accelerator 3") if not torch.accelerator.is_available() else pytest.raises(Exception):  # noqa: B017, PT011
+    with (
+        pytest.raises(PlanError, match=r"accelerator 3")
+        if not torch.accelerator.is_available()
+        else pytest.raises(Exception)
+    ):  # noqa: B017, PT011
         plan(make(), {"": 3, "blocks": "disk"})
 
 

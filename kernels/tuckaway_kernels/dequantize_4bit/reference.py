@@ -5,7 +5,7 @@ computes it), then one rounding to the dtype asked for. Element 2i is the high n
 
 **How it is fast.** A byte is looked up whole: 256 pairs of fp32 values, read as one int64 each, because a gather
 of 8-byte elements takes 0.25 ns a weight and one of rows of two values 0.9. Pieces of 2**18 weights keep the
-2 MB of temporaries in the second-level cache.
+1.5 MB of temporaries in the second-level cache.
 """
 
 from __future__ import annotations

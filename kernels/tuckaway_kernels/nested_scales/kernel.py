@@ -5,7 +5,8 @@ in the same order, and every program of the second adds them up for itself. The 
 MB and still lie in the second-level cache.
 
 The code of y is guessed by arithmetic (the dynamic map has 7 decades of 1, 2, ..., 64 equal steps), to within one, and
-two thresholds decide: 40 instructions and 2 loads, where a binary search would need 8 loads that wait for each other.
+two thresholds decide: 2 loads, where a binary search needs 8 that wait for each other. The whole kernel is 80
+instructions a scale, 1.3 a weight at blocksize 64.
 """
 
 from __future__ import annotations

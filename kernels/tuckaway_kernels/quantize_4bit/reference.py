@@ -11,8 +11,8 @@ Two codes a byte: element 2i in the high nibble, 2i + 1 in the low one. An odd c
 
 **How it is fast.** A comparison that writes booleans takes 0.30 ns a weight (2 cores), a bucketize 9.5 ns; but
 ``threshold_(y, t, v)``, which replaces everything <= t by v in place, is one vectorized pass of 0.075 ns. Going
-up the 15 thresholds with replacements that lie above all of them (16 + code) turns y into its code: 1.2 ns for all.
-The whole op runs at 350 to 430 M weights/s (bitsandbytes: 29) in pieces of 2**18 weights, which keeps the 2.5 MB of
+up the 15 thresholds with replacements that lie above all of them (16 + code) turns y into its code: 1.5 ns for all.
+The whole op runs at 350 to 430 M weights/s (bitsandbytes: 29) in pieces of 2**18 weights, which keeps the 2 MB of
 temporaries in the second-level cache.
 """
 
@@ -26,7 +26,7 @@ from tuckaway_kernels.codebooks import FP4_ORDER, FP4_THRESHOLDS, NF4_THRESHOLDS
 from tuckaway_kernels.reciprocal import SMALLEST_NORMAL, reciprocal
 
 PIECE = 1 << 18
-"""Weights quantized at once; 2**17 and 2**19 were 10 % slower."""
+"""Weights quantized at once: the ladder takes 1.77 ns a weight in pieces of 2**17, 1.52 in these, 1.50 in 2**19."""
 
 _MARK = 16
 """Added to a code while unfinished values lie beside it: above every threshold, and a multiple of 16."""

@@ -172,9 +172,10 @@ def _open_index(path: Path, allow_pickle: bool) -> Checkpoint:
     index = read_index(path)
     found: dict[str, dict[str, TensorEntry]] = {}
     metadata: dict[str, str] = {}
+    if index.pickled:
+        _permit_pickle(next(iter(index.shards.values())), allow_pickle)
     for name, shard in index.shards.items():
         if index.pickled:
-            _permit_pickle(shard, allow_pickle)
             found[name] = read_pickle(shard)
         else:
             header = read_header(shard)
@@ -192,3 +193,8 @@ def _permit_pickle(path: Path, allow_pickle: bool) -> None:
             where=path,
             hint="use a safetensors version of this checkpoint",
         )
+    _log.warning(
+        "%s is a pickle, which can carry code; reading it with weights_only=True. "
+        "A safetensors version of it is safer",
+        path,
+    )

@@ -72,17 +72,15 @@ def fetch(repo_id: str, revision: str | None = None, *, allow_pickle: bool = Tru
         if name.endswith(INDEX_SUFFIX):
             hub.get_shards(path, commit)
         return path
+    if hub.cache_only:
+        raise CheckpointNotFound(
+            f"{repo_id!r}{_at(revision)} is no local path, and the Hub's cache has no weights of that name",
+            hint="the Hub was not asked: it is out of reach, or HF_HUB_OFFLINE is set",
+        )
     raise CheckpointNotFound(
-        f"no weights of {repo_id!r}{_at(revision)}, neither as a local path, nor in the Hub's cache, nor on the Hub",
-        hint="while offline (HF_HUB_OFFLINE) only what was downloaded before is found"
-        if hub.cache_only
-        else _CHECK,
+        f"the repository {repo_id!r}{_at(revision)} has no weights of Hugging Face's names",
+        hint="such as " + _SAFE[0],
     )
-
-
-_CHECK = (
-    "check the name and the connection; the weights must have Hugging Face's names, such as model.safetensors"
-)
 
 
 class _Hub:

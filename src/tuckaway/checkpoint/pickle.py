@@ -50,10 +50,6 @@ def read_pickle(path: Path) -> dict[str, TensorEntry]:
         CheckpointNotFound: there is no such file.
         UnsafePathError: it is no regular file.
     """
-    _log.warning(
-        "%s is a pickle, which can carry code; reading it with weights_only=True. A safetensors version of it is safer",
-        path,
-    )
     with os.fdopen(open_regular(path), "rb") as file:
         identity = FileIdentity.of(file.fileno())
         if file.read(len(_ZIP)) != _ZIP:
@@ -61,7 +57,10 @@ def read_pickle(path: Path) -> dict[str, TensorEntry]:
             _log.warning("%s has the format of torch before 1.6: all of it is read into memory", path)
             tensors = _tensors(_load(file, path, "cpu"), path)
             return {name: _resident(name, tensor, path, identity) for name, tensor in tensors.items()}
-        records = _records(file, identity.size, path)
+        try:
+            records = _records(file, identity.size, path)
+        except OSError as error:
+            raise CheckpointError(f"cannot read the archive: {error.strerror}", where=path) from error
         file.seek(0)
         tensors = _tensors(_load(file, path, "meta"), path)
         if not all(_offset(tensor) in records for tensor in tensors.values()):
@@ -94,8 +93,10 @@ def _records(file: io.BufferedReader, size: int, path: Path) -> dict[int, int]:
         if info.filename in names:
             raise UnsafeFormatError(f"{what} is there twice", where=path, hint=_SAFER)
         names.add(info.filename)
-        file.seek(info.header_offset)
-        head = file.read(_LOCAL_HEADER)
+        head = b""
+        if 0 <= info.header_offset < size:
+            file.seek(info.header_offset)
+            head = file.read(_LOCAL_HEADER)
         if len(head) < _LOCAL_HEADER or not head.startswith(_ZIP):
             raise TruncatedError(
                 f"{what} has no header", where=f"{path}, byte {info.header_offset}", hint=_AGAIN
@@ -128,9 +129,7 @@ def _records(file: io.BufferedReader, size: int, path: Path) -> dict[int, int]:
 def _load(file: io.BufferedReader, path: Path, device: str) -> Any:
     try:
         return torch.load(file, map_location=device, weights_only=True)
-    except (
-        Exception
-    ) as error:  # a damaged pickle raises anything: KeyError, IndexError, struct.error, RuntimeError
+    except Exception as error:  # what a damaged pickle raises is anything: KeyError, IndexError, struct.error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise UnsafeFormatError(
             f"torch.load with weights_only=True refuses it: {reason}", where=path, hint=_SAFER

@@ -50,7 +50,7 @@ def demo(
             help="A causal language model on the Hugging Face Hub or in a folder. Left out, SmolLM2-135M-Instruct.",
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer, at most.")] = 96,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer, at most.")] = 64,
 ) -> None:
     """Quantize a real language model, spread it over GPU, RAM and disk, and let it answer."""
     from tuckaway.cli.demo import run_demo

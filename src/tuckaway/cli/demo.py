@@ -192,7 +192,8 @@ def _answer(screen: Screen, model: Any, tokenizer: Any, prompt: str, limit: int)
     screen.line()
     screen.line(f"> {prompt}", style="bold")
     shown, tokens, times = "", [], [time.perf_counter()]
-    for token in _greedy(model, encoded["input_ids"], limit):
+    executing = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    for token in _greedy(model, encoded["input_ids"].to(executing or "cpu"), limit):
         tokens.append(token)
         times.append(time.perf_counter())
         text = tokenizer.decode(tokens, skip_special_tokens=True)

@@ -7,13 +7,13 @@ head; both are undone here. Values are decoded exactly as the file defines them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from tuckaway.checkpoint import CheckpointWriter
 from tuckaway.files import write_atomically
 
 __all__ = ["convert", "is_finished"]
@@ -39,23 +39,31 @@ Meta = dict[str, Any]
 def convert(gguf: Path, folder: Path) -> None:
     """Write a Llama's weights, config, generation config and tokenizer into a folder.
 
-    Every file appears whole, ``config.json`` last: :func:`is_finished` goes by it, and two processes that convert at
-    once write the same bytes.
+    Tensors are decoded and written one at a time. Every file appears whole, ``config.json`` last: :func:`is_finished`
+    goes by it.
 
     Args:
         gguf: the GGUF file: architecture ``llama``, a byte-level BPE tokenizer with the pre-tokenizer ``smollm``.
-        folder: an existing folder.
+        folder: made if it does not exist.
+
+    Raises:
+        StoreBusy: another process is writing to the folder.
+        StoreError: the folder cannot be written to.
     """
     from gguf import GGUFReader
-    from safetensors.torch import save
 
     reader = GGUFReader(gguf)
     meta = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = dict(_tensors(reader, meta))
-    write_atomically(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+    names = [_name(tensor.name) for tensor in reader.tensors]
+    with CheckpointWriter(folder) as writer:
+        shapes = [tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors]
+        writer.plan([(name, torch.float32, shape) for name, shape in zip(names, shapes, strict=True)])
+        for name, tensor in zip(names, reader.tensors, strict=True):
+            writer.write(name, _decoded(tensor, meta))
+        writer.commit()
     write_atomically(folder / "tokenizer.json", _tokenizer(meta).to_str(pretty=True).encode())
     write_atomically(folder / "tokenizer_config.json", _json(_tokenizer_config(meta)))
-    config = _config(meta, tied="lm_head.weight" not in tensors)
+    config = _config(meta, tied="lm_head.weight" not in names)
     tokens = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_atomically(folder / "generation_config.json", _json(tokens))
     write_atomically(folder / "config.json", _json(config))
@@ -66,24 +74,27 @@ def is_finished(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def _tensors(reader: Any, meta: Meta) -> Iterator[tuple[str, torch.Tensor]]:
+def _name(name: str) -> str:
+    """Return transformers' name of a GGUF tensor."""
+    stem, _, leaf = name.rpartition(".")
+    if stem in _TOP:
+        return f"{_TOP[stem]}.{leaf}"
+    _, index, part = stem.split(".")
+    return f"model.layers.{index}.{_LAYER[part]}.{leaf}"
+
+
+def _decoded(tensor: Any, meta: Meta) -> torch.Tensor:
+    """Return a GGUF tensor in fp32, in transformers' order of rows."""
     from gguf.quants import dequantize
 
-    heads = {"attn_q": meta["llama.attention.head_count"], "attn_k": meta["llama.attention.head_count_kv"]}
-    for tensor in reader.tensors:
-        stem, _, leaf = tensor.name.rpartition(".")
-        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        if stem in _TOP:
-            name = _TOP[stem]
-        else:
-            _, index, part = stem.split(".")
-            name = f"model.layers.{index}.{_LAYER[part]}"
-            if part in heads:
-                values = _rotary_halves_apart(values, heads[part])
-        yield (
-            f"{name}.{leaf}",
-            torch.from_numpy(np.array(values)),
-        )  # a copy: the reader's arrays are the mapped file
+    values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+    if tensor.name.endswith("attn_q.weight"):
+        values = _rotary_halves_apart(values, meta["llama.attention.head_count"])
+    elif tensor.name.endswith("attn_k.weight"):
+        values = _rotary_halves_apart(values, meta["llama.attention.head_count_kv"])
+    return torch.from_numpy(
+        np.array(values)
+    )  # a copy: plain fp32 tensors are the mapped file, which is read-only
 
 
 def _rotary_halves_apart(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:

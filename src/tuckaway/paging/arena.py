@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tuckaway.paging.page import ALIGNMENT, PageLayout, aligned
+from tuckaway.paging.page import PageLayout
 
 __all__ = ["PIN_STEP", "Arena", "host_memory"]
 
@@ -54,7 +54,7 @@ class Arena:
         end = 0
         for layout in self.layouts:
             self._starts.append(end)
-            end = aligned(end + layout.nbytes, ALIGNMENT)
+            end += layout.extent
         self.nbytes = end
         self.buffer = host_memory(end)
         self._wanted = (
@@ -74,10 +74,12 @@ class Arena:
         return self.buffer[start : start + self.layouts[index].nbytes]
 
     def pin_step(self, nbytes: int = PIN_STEP) -> bool:
-        """Pin the next ``nbytes``; return whether anything is left to pin."""
+        """Pin the next pages, ``nbytes`` or a little more; return whether anything is left to pin."""
         if not self._wanted or self._pinned_to >= self.nbytes:
             return False
-        size = min(aligned(nbytes, mmap.PAGESIZE), self.nbytes - self._pinned_to)
+        # whole pages, because no copy may cross from one registered piece into another
+        ends = (*self._starts[1:], self.nbytes)
+        size = next((end for end in ends if end >= self._pinned_to + nbytes), self.nbytes) - self._pinned_to
         address = self.buffer.data_ptr() + self._pinned_to
         if not _register(address, size):
             self._wanted = False
@@ -100,8 +102,7 @@ class Arena:
 
     def close(self) -> None:
         """Unpin and let go of the memory; views that are still held keep it alive. Twice does no harm."""
-        for address in self._registered:
-            _unregister(address)
+        _unregister(self._registered)
         self._registered.clear()
         self._wanted, self._pinned_to = False, 0
         self.buffer = torch.empty(0, dtype=torch.uint8)
@@ -110,8 +111,7 @@ class Arena:
     def __del__(self) -> None:
         # memory that is freed while registered stays locked for the life of the process
         with contextlib.suppress(AttributeError, RuntimeError, ImportError):
-            for address in self._registered:
-                _unregister(address)
+            _unregister(self._registered)
 
 
 def _register(address: int, nbytes: int) -> bool:
@@ -120,14 +120,21 @@ def _register(address: int, nbytes: int) -> bool:
         return False
     # 1: cudaHostRegisterPortable, valid for every device. The binding returns an error code, and may raise as well
     try:
-        return int(_runtime().cudaHostRegister(address, nbytes, 1)) == 0
+        if int(_runtime().cudaHostRegister(address, nbytes, 1)) == 0:
+            return True
     except RuntimeError:
         logger.debug("cudaHostRegister failed", exc_info=True)
-        return False
+    # the runtime reports the failure once more, to whoever asks next: let that be this
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
+    return False
 
 
-def _unregister(address: int) -> None:
-    _runtime().cudaHostUnregister(address)
+def _unregister(addresses: Sequence[int]) -> None:
+    if addresses:
+        torch.accelerator.synchronize()  # a copy may still be reading
+    for address in addresses:
+        _runtime().cudaHostUnregister(address)
 
 
 def _runtime() -> Any:

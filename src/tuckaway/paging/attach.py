@@ -102,6 +102,31 @@ class Paging:
         with torch.inference_mode(False):
             return self.plan.specs[canonical].build(components)
 
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Replace a paged tensor in its home: the next turn of its page brings the new value.
+
+        Args:
+            name: any of its names.
+            tensor: of the same shape and format, on any device; a plain float tensor is cast.
+
+        Raises:
+            PagingError: it is not paged any more, in use by a forward, or of another shape or format.
+            StoreBusy: its page is on disk and another process, or another model, uses the store.
+        """
+        with self._lock:
+            unit = self.plan.page_of(name)
+            page = None if unit is None else self.pager.pages[unit.index]
+            if page is None or page.gone:
+                raise PagingError(f"{name!r} is not paged")
+            spec = self.plan.specs[name]
+            if spec.layout is None and tensor.is_floating_point() and spec.dtype.is_floating_point:
+                tensor = tensor.detach().to(spec.dtype)
+            self.pager.forget(page)
+            try:
+                self.homes.replace(name, tensor)
+            except ValueError as error:
+                raise PagingError(f"{name!r} cannot be replaced: {error}") from error
+
     def take_out(self, pages: Sequence[Page], device: torch.device) -> None:
         """Stop paging some pages and leave their tensors on ``device``; the last one closes the homes.
 

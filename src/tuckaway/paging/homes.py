@@ -121,22 +121,46 @@ class PageHomes:
         self.store.write(self.number(unit), item.offset, tensor)
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
-        """Copy a finished tensor, plain or quantized, from any device to its home."""
-        parts = components_of(tensor)
-        if self.home_of(name) == "disk":
-            for component, part in parts.items():
-                self.write(name, component, part.detach().cpu())
+        """Copy a finished tensor, plain or quantized, from any device to its home.
+
+        Raises:
+            ValueError: another shape, dtype or format than planned.
+        """
+        for item, part in self._parts(name, tensor):
+            if self.home_of(name) == "disk":
+                self.write(name, item.key[1], part.cpu())
+            else:
+                self.views(name)[item.key[1]].copy_(part)
+
+    def replace(self, name: str, tensor: torch.Tensor) -> None:
+        """Overwrite a tensor after :meth:`commit`; a store that was changed is not used again.
+
+        Raises:
+            ValueError: another shape, dtype or format than planned.
+            StoreBusy: others use the store.
+        """
+        parts = self._parts(name, tensor)
+        if self.store is None or self.home_of(name) == "cpu":
+            self.put(name, tensor)
             return
-        views = self.views(name)
-        if views.keys() != parts.keys():
-            raise ValueError(f"{name!r} has components {sorted(parts)} instead of {sorted(views)}")
-        with torch.no_grad():
-            for component, view in views.items():
-                if (view.shape, view.dtype) != (parts[component].shape, parts[component].dtype):
-                    raise ValueError(
-                        f"{name!r} is {parts[component].dtype}, its place in the page {view.dtype}"
-                    )
-                view.copy_(parts[component])
+        for item, part in parts:
+            self.store.rewrite(self.number(self._unit(name)[0]), item, part.cpu())
+
+    def _parts(self, name: str, tensor: torch.Tensor) -> list[tuple[PageItem, torch.Tensor]]:
+        unit, canonical = self._unit(name)
+        parts = {key: part.detach() for key, part in components_of(tensor).items()}
+        items = [item for item in unit.layout.items if item.key[0] == canonical]
+        layout, planned = getattr(tensor, "layout_info", None), self.plan.specs[canonical].layout
+        same = (layout is None) == (planned is None) and (
+            layout is None
+            or planned is None
+            or (layout.format, layout.shape) == (planned.format, planned.shape)
+        )
+        if not same or {item.key[1] for item in items} != parts.keys():
+            raise ValueError(f"{name!r} is in another format than planned")
+        for item in items:
+            _check(parts[item.key[1]], item)
+        return [(item, parts[item.key[1]]) for item in items]
 
     def pin_step(self) -> bool:
         """Pin the next piece of the arena; return whether anything is left."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -55,14 +55,11 @@ class PagedWeights(MutableMapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.paging.read(self.names[name])
 
-    def __setitem__(self, name: str, value: torch.Tensor) -> NoReturn:
-        raise PagingError(
-            f"{self.names.get(name, name)!r} is paged and cannot be replaced",
-            hint="bring the model back first: tuckaway.materialize(model)",
-        )
+    def __setitem__(self, name: str, value: torch.Tensor) -> None:
+        self.paging.write(self.names[name], value)
 
     def __delitem__(self, name: str) -> NoReturn:
-        self[name] = torch.empty(0)
+        raise PagingError(f"{self.names.get(name, name)!r} is paged and cannot be removed")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -110,16 +107,15 @@ class PageHook(AlignDevicesHook):  # type: ignore[misc]
 
     @property
     def weights_map(self) -> PagedWeights | None:
-        """The paged tensors below the module, by name."""
+        """The paged tensors below the module, by name; what is assigned to it is written to their homes."""
         return self._weights
 
     @weights_map.setter
-    def weights_map(self, value: Any) -> None:
-        if value is not None:
-            raise PagingError(
-                "the weights of a paged module cannot be replaced",
-                hint="bring the model back first: tuckaway.materialize(model)",
-            )
+    def weights_map(self, value: Mapping[str, torch.Tensor] | None) -> None:
+        # peft assigns what a layer holds after it merged an adapter into it, buffers and resident tensors included
+        for name, tensor in (value or {}).items():
+            if self._weights is not None and name in self._weights:
+                self._weights[name] = tensor
 
     # Driven by torch
 
@@ -169,11 +165,14 @@ class PageHook(AlignDevicesHook):  # type: ignore[misc]
         self._release(entry)
         return output if entry.home is None or output is None else move(output, entry.home, self.skip_keys)
 
-    def _bring_in(self, entry: _Entry, inputs: Any) -> None:
-        own = torch.is_grad_enabled() and (
-            wants_grad(inputs)
-            or any(binding.away.requires_grad for page in self.pages for binding in page.bindings)
-            or any(parameter.requires_grad for parameter in self._module.parameters())
+    def _bring_in(self, entry: _Entry, inputs: Any, *, own: bool = False) -> None:
+        own = own or (
+            torch.is_grad_enabled()
+            and (
+                wants_grad(inputs)
+                or any(binding.away.requires_grad for page in self.pages for binding in page.bindings)
+                or any(parameter.requires_grad for parameter in self._module.parameters())
+            )
         )
         for page in self.pages:
             turn = self.paging.pager.bring_in(page, own=own)
@@ -217,7 +216,9 @@ class PageHook(AlignDevicesHook):  # type: ignore[misc]
             if self.pages and device is not None and device != self.paging.plan.execution_device:
                 self._bind_elsewhere(entry, module, device)
             elif self.pages:
-                self._bring_in(entry, (args, kwargs))
+                # what the caller writes to the weights must not stay in a slot
+                own = all(page.turns == 0 for page in self.pages)
+                self._bring_in(entry, (args, kwargs), own=own)
         except BaseException:
             self._release(entry)
             raise

@@ -16,10 +16,13 @@ import torch
 from tuckaway.formats import Components, Shape
 from tuckaway.tensor import TensorSpec
 
-__all__ = ["ALIGNMENT", "Key", "PageItem", "PageLayout", "aligned"]
+__all__ = ["ALIGNMENT", "EXTENT", "Key", "PageItem", "PageLayout", "aligned"]
 
 ALIGNMENT = 256
 """Bytes that every component starts on a multiple of: a cache line pair of a GPU, and any vector load."""
+
+EXTENT = 4096
+"""Bytes that every page starts on a multiple of, on disk and in memory: what direct reads and pinning want."""
 
 Key = tuple[str, str]
 """Name of a tensor, and of one of its components (``""`` for a plain tensor)."""
@@ -85,6 +88,11 @@ class PageLayout:
         object.__setattr__(self, "_by_key", {item.key: item for item in placed})
         if len(self._by_key) != len(placed):
             raise ValueError("a page holds two items of one name")
+
+    @property
+    def extent(self) -> int:
+        """Bytes it takes in the arena or the store."""
+        return aligned(self.nbytes, EXTENT)
 
     @classmethod
     def of(cls, specs: Mapping[str, TensorSpec]) -> PageLayout:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -174,12 +174,9 @@ class Pager:
             raise
         with self._lock:
             if not own:
+                if page.turns == 0:
+                    self._bind(page, self._built(page, slot))
                 page.turns += 1
-                if page.turns == 1:
-                    tensors = slot.built.get(page.unit.index)
-                    if tensors is None:
-                        tensors = slot.built[page.unit.index] = page.build(slot.buffer, with_grad=False)
-                    self._bind(page, tensors)
                 return Turn(page, slot)
             try:
                 buffer = device_memory(page.unit.layout.nbytes, self.device)
@@ -202,6 +199,12 @@ class Pager:
                 page.own = False
                 for binding in page.bindings:
                     binding.tensors[binding.attribute] = binding.away
+
+    def _built(self, page: Page, slot: Slot) -> tuple[torch.Tensor, ...]:
+        tensors = slot.built.get(page.unit.index)
+        if tensors is None:
+            tensors = slot.built[page.unit.index] = page.build(slot.buffer, with_grad=False)
+        return tensors
 
     def _leave(self, page: Page, slot: Slot) -> None:
         if slot in self._captured:
@@ -237,20 +240,21 @@ class Pager:
 
     def _claim(self) -> Slot:
         """Find a slot whose page is in nobody's turn, or allocate one."""
-        slot = self._find(guess=False)
+        slot = self._find()
         if slot is None:
             slot = self.slots.add()
             self.transfer.used(slot)
             logger.debug("more than %d pages in use at once: allocated slot %d", self.slots.count, slot.index)
         return slot
 
-    def _find(self, *, guess: bool) -> Slot | None:
+    def _find(self, sooner: Collection[Page] | None = None) -> Slot | None:
+        """Find a slot; for a guess, without taking one from a page that is expected ``sooner``."""
         while len(self.slots.all) < self.slots.count:
             self.transfer.used(self.slots.add())
         free = [slot for slot in self.slots.all if slot.page is None or slot.page.users == 0]
-        if guess:
-            # a page that was brought ahead of its turn is not given up for another guess
-            free = [slot for slot in free if slot.page is None or slot.tick != _AHEAD]
+        if sooner is not None:
+            # nor from one that was brought ahead and still waits for its turn
+            free = [s for s in free if s.page is None or (s.tick != _AHEAD and s.page not in sooner)]
         return max(free, key=self._spare, default=None)
 
     def _spare(self, slot: Slot) -> tuple[int, int]:
@@ -261,7 +265,8 @@ class Pager:
             return 0, 0
         # in a cycle the page used last is needed last; one not used for two cycles has left the cycle
         age = self._ticks - slot.tick
-        return (2, age) if age > 2 * len(self._turning) else (1, slot.tick)
+        left = slot.tick == _WRONG or age > 2 * len(self._turning)
+        return (2, age) if left else (1, slot.tick)
 
     def _own_slot(self, page: Page) -> Slot:
         slot = self._own_slots.get(page.unit.index)
@@ -289,6 +294,7 @@ class Pager:
                 self._after[before[0], before[1]] = page
         self._history.pages = (before[1], index)
         last, here = before[1], page
+        sooner: list[Page] = []
         for _ in range(len(self.slots.all)):
             index = here.unit.index
             guess = self._next[index] if last is None else self._after.get((last, index), self._next[index])
@@ -296,10 +302,11 @@ class Pager:
             if guess.gone:
                 return
             if guess.slot is None:
-                slot = self._find(guess=True)
+                slot = self._find(sooner)
                 if slot is not None:
                     self._fill(guess, slot)
                 return
+            sooner.append(guess)
 
     # Graph capture
 
@@ -313,10 +320,7 @@ class Pager:
                 self._captured.append(slot)
             self.transfer.capture(page.unit, slot)
             slot.page = page
-            tensors = slot.built.get(page.unit.index)
-            if tensors is None:
-                tensors = slot.built[page.unit.index] = page.build(slot.buffer, with_grad=False)
-            self._bind(page, tensors)
+            self._bind(page, self._built(page, slot))
             page.turns += 1
             return Turn(page, slot)
 
@@ -327,6 +331,22 @@ class Pager:
         """Bytes on the execution device now."""
         own = sum(slot.buffer.numel() for slot in (*self._own_slots.values(), *self._captured))
         return self.slots.allocated_nbytes + own
+
+    def forget(self, page: Page) -> None:
+        """Bring a page in anew at its next turn, because its home changed.
+
+        Raises:
+            PagingError: its slot is in use.
+        """
+        with self._lock:
+            if page.users:
+                raise PagingError(f"the page {page.unit.name!r} is in use by a forward")
+            slot = page.slot
+            if slot is not None:
+                if slot.fill is not None and not slot.fill.cancel():
+                    slot.fill.exception()  # it is being read: wait until it is not
+                slot.page = None
+                page.slot = None
 
     def take_out(self, page: Page) -> None:
         """Stop paging a page: whoever calls it binds real tensors in its place."""

@@ -29,14 +29,11 @@ import torch
 
 from tuckaway import files
 from tuckaway.errors import ChecksumError, StoreBusy, StoreCorrupt, StoreError, StoreStale
-from tuckaway.paging.page import PageItem, PageLayout, aligned
+from tuckaway.paging.page import PageItem, PageLayout
 
-__all__ = ["EXTENT", "Store"]
+__all__ = ["Store"]
 
 logger = logging.getLogger("tuckaway")
-
-EXTENT = 4096
-"""Bytes that every page starts on a multiple of in the file, as direct reads want it."""
 
 _VERSION = 1
 _FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
@@ -68,13 +65,14 @@ class Store:
         end = 0
         for layout in self.layouts:
             self._starts.append(end)
-            end += aligned(layout.nbytes, EXTENT)
+            end += layout.extent
         self.nbytes = end
         self._written: dict[tuple[int, int], tuple[int, int | None]] = {}
         self._checksums: list[list[int]] = []
         self._verified: set[int] = set()
         self._identity: tuple[int, ...] = ()
         self._guard = threading.Lock()
+        self._rewritten = False
         self._pool: ThreadPoolExecutor | None = None
 
     # Opening
@@ -221,6 +219,33 @@ class Store:
         self._written.clear()
         self._lock.acquire(shared=True)
 
+    def rewrite(self, index: int, item: PageItem, tensor: torch.Tensor) -> None:
+        """Overwrite one component of a committed store. It has no manifest from then on: nobody opens it again.
+
+        Raises:
+            StoreBusy: somebody else uses the store.
+            StoreError: the disk failed.
+        """
+        if not self._rewritten:
+            if not self._lock.acquire(shared=False):
+                self._lock.acquire(shared=True)
+                raise StoreBusy(
+                    "others use the store that is to be changed", where=self.folder, hint=_ANOTHER
+                )
+            fd = os.open(self.path, os.O_RDWR | _FLAGS)
+            if not os.path.samestat(os.fstat(fd), os.fstat(self._fd)):
+                os.close(fd)
+                raise StoreCorrupt("the file was replaced by another", where=self.path, hint=_REMOVE)
+            files.remove(self.folder / _MANIFEST)
+            os.close(self._fd)
+            self._fd, self._rewritten = fd, True
+        data = _bytes(source := tensor.contiguous())
+        with self._guard:
+            files.write_at(self._fd, data, self._starts[index] + item.offset, self.path)
+            self._checksums[index][self.layouts[index].items.index(item)] = zlib.crc32(data)
+            self._identity = self._look()
+        del source
+
     # Reading
 
     def read(self, index: int, out: torch.Tensor) -> None:
@@ -305,13 +330,15 @@ class Store:
     # Ending
 
     def close(self) -> None:
-        """Close the files and release the lock; the store stays. Twice does no harm."""
+        """Close the files and release the lock; the store stays, unless it was rewritten. Twice does no harm."""
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+            if self._rewritten:
+                files.remove(self.path)
         self._lock.release()
 
     def __del__(self) -> None:

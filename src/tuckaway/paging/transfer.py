@@ -7,6 +7,7 @@ a pinned bounce buffer; with execution on the CPU it reads into the slot itself.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -34,10 +35,11 @@ class Transfer:
         self.homes = homes
         self.device = device
         self.on_device = device.type != "cpu"
-        self._stream: Any = None
+        self._stream: Any = torch.Stream(device=device) if self.on_device else None
         self._worker: ThreadPoolExecutor | None = None
-        self._bounce: Arena | None = None
-        self._bounced: Any = None
+        self._bounces: Arena | None = None
+        self._bounced: list[Any] = [None, None]
+        self._turn = False
         self._closed = False
 
     def start(self, unit: PageUnit, slot: Slot) -> None:
@@ -104,16 +106,12 @@ class Transfer:
             store.read(number, target)
             target[:0].zero_()  # an in-place change that autograd sees
         elif store is not None:
-            bounce = self._bounce_buffer()
-            if self._bounced is not None:
-                self._bounced.synchronize()
+            bounce = self._bounce()
             store.read(number, bounce)
             self._copy(bounce[: unit.layout.nbytes], slot)
-            self._bounced = slot.ready
+            self._bounced.append(slot.ready)
 
     def _copy(self, source: torch.Tensor, slot: Slot) -> None:
-        if self._stream is None:
-            self._stream = torch.Stream(device=self.device)
         stream = self._stream
         for event in slot.used.values():
             stream.wait_event(event)
@@ -123,15 +121,26 @@ class Transfer:
             # an event of its own each time: another slot's wait may still refer to the last one
             slot.ready = stream.record_event()
 
-    def _bounce_buffer(self) -> torch.Tensor:
-        if self._bounce is None:
+    def _bounce(self) -> torch.Tensor:
+        """The one of two pinned buffers whose copy is over: one is read into while the other is copied from."""
+        if self._bounces is None:
             largest = max(self.homes.plan.homed("disk"), key=lambda unit: unit.layout.nbytes)
-            self._bounce = Arena([largest.layout])
-            self._bounce.pin()
-        return self._bounce.page(0)
+            self._bounces = Arena([largest.layout] * 2)
+            self._bounces.pin()
+        last = self._bounced.pop(0)
+        if last is not None:
+            last.synchronize()
+        self._turn = not self._turn
+        return self._bounces.page(int(self._turn))
+
+    def __del__(self) -> None:
+        # the slots' memory may be given to others as soon as they are gone
+        if getattr(self, "_stream", None) is not None:
+            with contextlib.suppress(RuntimeError):
+                self._stream.synchronize()
 
     def close(self) -> None:
-        """Join the worker and wait for the copies. Twice does no harm."""
+        """Join the worker and wait for the device. Twice does no harm."""
         self._closed = True
         if self._worker is not None:
             self._worker.shutdown(
@@ -139,8 +148,8 @@ class Transfer:
             )
             self._worker = None
         if self._stream is not None:
-            self._stream.synchronize()
+            torch.accelerator.synchronize(self.device)
             self._stream = None
-        if self._bounce is not None:
-            self._bounce.close()
-            self._bounce = None
+        if self._bounces is not None:
+            self._bounces.close()
+            self._bounces = None

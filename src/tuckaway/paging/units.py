@@ -80,12 +80,12 @@ class PagePlan:
     @property
     def arena_nbytes(self) -> int:
         """Bytes of host memory that CPU pages take."""
-        return sum(page.layout.nbytes for page in self.homed("cpu"))
+        return sum(page.layout.extent for page in self.homed("cpu"))
 
     @property
     def store_nbytes(self) -> int:
         """Bytes of disk that disk pages take, without the manifest."""
-        return sum(-(-page.layout.nbytes // 4096) * 4096 for page in self.homed("disk"))
+        return sum(page.layout.extent for page in self.homed("disk"))
 
     @property
     def slot_nbytes(self) -> int:

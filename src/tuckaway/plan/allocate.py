@@ -63,7 +63,10 @@ class Tree:
         self.model = model
         self.sizes: dict[int, int] = {}
         self._below: dict[str, set[int]] = {}
+        self.tied: set[int] = set()
         for name, tensor in named_tensors(model):
+            if id(tensor) in self.sizes:
+                self.tied.add(id(tensor))
             self.sizes[id(tensor)] = sizes[name]
             path = name
             while True:
@@ -80,8 +83,12 @@ class Tree:
         """Return the tensors that a module holds itself, then its children, in order."""
         module = self.model.get_submodule(path)
         prefix = f"{path}." if path else ""
-        own = [name for name, _ in (*module.named_parameters(recurse=False, remove_duplicate=False), *module.named_buffers(recurse=False, remove_duplicate=False))]
-        nodes = [Node(prefix + name, self.below(prefix + name), None) for name in own]
+        own = {**module._parameters, **module._buffers}
+        nodes = [
+            Node(prefix + name, self.below(prefix + name), None)
+            for name, held in own.items()
+            if held is not None
+        ]
         for name, child in module._modules.items():
             if child is not None:
                 nodes.append(Node(prefix + name, self.below(prefix + name), child))
@@ -124,6 +131,7 @@ def allocate(
     may_split: Callable[[str, nn.Module], bool],
     *,
     fallback: bool = False,
+    first: Sequence[str] = (),
     say: Callable[[str], None] | None = None,
 ) -> Allocation:
     """Place everything, device by device.
@@ -134,10 +142,19 @@ def allocate(
         limits: bytes by device; a device without one takes everything.
         may_split: whether a module (by name) may be split between devices.
         fallback: a device that would stay empty takes the first later block that fits it.
+        first: names of blocks that the first device takes before all others.
         say: told of every decision.
     """
     result = Allocation(used=dict.fromkeys(devices, 0))
     pending = tree.children("")
+    for name in first:
+        pending = _split_down_to(tree, pending, name)
+        index = next((i for i, node in enumerate(pending) if node.name == name), None)
+        if index is None:
+            continue  # it went with one it is tied to
+        group = _tied(tree, pending, index)
+        if result.used[devices[0]] + tree.bytes_of(_tensors(group)) <= limits[devices[0]]:
+            _place(result, tree, pending, group, devices[0], say)
     at = 0
     while pending:
         node = pending[0]
@@ -146,7 +163,7 @@ def allocate(
             break
         device = devices[at]
         room = limits[device] - result.used[device] if device in limits else None
-        group = _tied(pending, 0)
+        group = _tied(tree, pending, 0)
         need = tree.bytes_of(_tensors(group))
         if room is None or need <= room or need == 0:
             _place(result, tree, pending, group, device, say)
@@ -164,7 +181,7 @@ def allocate(
             found = _first_that_fits(tree, pending, room, may_split)
             if found is not None:
                 pending, index = found
-                _place(result, tree, pending, _tied(pending, index), device, say)
+                _place(result, tree, pending, _tied(tree, pending, index), device, say)
                 continue
         if result.used[device] == 0:
             result.refused[device] = need
@@ -190,10 +207,10 @@ def _place(
         say(f"{', '.join(n.name for n in group)} ({size} bytes) to {device}")
 
 
-def _tied(pending: list[Node], index: int) -> list[Node]:
+def _tied(tree: Tree, pending: list[Node], index: int) -> list[Node]:
     """The node at ``index``, and all pending ones it is tied to, directly or through others."""
     group, tensors = [pending[index]], set(pending[index].tensors)
-    grew = True
+    grew = not tree.tied.isdisjoint(tensors)
     while grew:
         grew = False
         for node in pending:
@@ -202,6 +219,17 @@ def _tied(pending: list[Node], index: int) -> list[Node]:
                 tensors |= node.tensors
                 grew = True
     return group
+
+
+def _split_down_to(tree: Tree, pending: list[Node], name: str) -> list[Node]:
+    """Return ``pending`` with the node of that name in it, in place of what it lies in."""
+    nodes, index = list(pending), 0
+    while index < len(nodes) and nodes[index].name != name:
+        if name.startswith(f"{nodes[index].name}."):
+            nodes[index : index + 1] = tree.children(nodes[index].name)
+        else:
+            index += 1
+    return nodes
 
 
 def _tensors(group: list[Node]) -> set[int]:
@@ -219,7 +247,7 @@ def _first_that_fits(
     nodes, index = list(pending), 0
     while index < len(nodes):
         node = nodes[index]
-        if node.tensors and tree.bytes_of(_tensors(_tied(nodes, index))) <= room:
+        if node.tensors and tree.bytes_of(_tensors(_tied(tree, nodes, index))) <= room:
             return nodes, index
         if _splits(node, may_split):
             nodes[index : index + 1] = tree.children(node.name)

@@ -55,8 +55,10 @@ def get_balanced_memory(
     sizes = compute_module_sizes(model, dtype, special_dtypes, specs=specs)
     whole = class_names(no_split_module_classes)
     modules = dict(model.named_modules())
-    unsplit = max((sizes.get(n, 0) for n, m in modules.items() if type(m).__name__ in whole), default=0)
-    layers = [sizes.get(n, 0) for n, m in modules.items() if sizes.get(n) and not any(True for _ in m.children())]
+    unsplit = max((sizes.get(n, 0) for n, m in modules.items() if n and type(m).__name__ in whole), default=0)
+    layers = [
+        sizes.get(n, 0) for n, m in modules.items() if sizes.get(n) and not any(True for _ in m.children())
+    ]
     mean = sum(layers) // max(len(layers), 1)
     share = sizes.get("", 0) // (len(used) - 1 if low_zero else len(used)) + int(1.25 * max(unsplit, mean))
     first, *others = used

@@ -81,7 +81,7 @@ def infer_auto_device_map(
         >>> infer_auto_device_map(model, {0: 880, "cpu": 440 * 2})
         {'': 0}
         >>> infer_auto_device_map(model, {"cpu": 879})
-        {'0': 'disk', '1': 'disk'}
+        {'': 'disk'}
     """
     whole = class_names(no_split_module_classes)
     sizes = tensor_sizes(model, specs, dtype=dtype, special_dtypes=special_dtypes)
@@ -95,11 +95,14 @@ def infer_auto_device_map(
 
     def overhead(device_map: Mapping[str, Device], main: Device) -> dict[Device, int]:
         homes = [(place_of(name, device_map), size) for name, size in layers]
-        kept = {"cpu": max((size for home, size in homes if home == "disk"), default=0)}
+        kept: dict[Device, int] = {"cpu": max((size for home, size in homes if home == "disk"), default=0)}
         if main == "cpu":
-            return dict(kept)
+            return kept
         away = max((size for home, size in homes if home in OFFLOADED), default=0)
-        return {**kept, main: away + sum(n for name, n in buffers.items() if place_of(name, device_map) in OFFLOADED)}
+        return {
+            **kept,
+            main: away + sum(n for name, n in buffers.items() if place_of(name, device_map) in OFFLOADED),
+        }
 
     limits = get_max_memory(max_memory)
     found = fit(
@@ -124,6 +127,7 @@ def fit(
     *,
     fallback: bool,
     strict: bool,
+    first: Sequence[str] = (),
     say: Callable[[str], None] | None = None,
 ) -> Allocation:
     """Allocate so that each device holds its blocks and the overhead that the offloaded ones cause.
@@ -138,6 +142,7 @@ def fit(
         may_split: whether a module may be split.
         fallback: as in :func:`allocate`.
         strict: overhead that does not fit even on an otherwise empty device is an error, not only unavoidable.
+        first: as in :func:`allocate`.
         say: told of every decision.
 
     Raises:
@@ -148,7 +153,7 @@ def fit(
     kept = dict.fromkeys(limits, 0)
     while True:
         room = {device: limit - kept[device] for device, limit in limits.items()}
-        found = allocate(tree, devices, room, may_split, fallback=fallback, say=say)
+        found = allocate(tree, devices, room, may_split, fallback=fallback, first=first, say=say)
         if found.left:
             short = sum(tree.bytes_of(tree.below(name)) for name in found.left)
             last = devices[-1]
@@ -164,10 +169,11 @@ def fit(
             stuck = {d: n for d, n in over.items() if n > 0}
             if stuck and strict:
                 device, short = next(iter(stuck.items()))
+                enough = found.used[device] + needed[device]
                 raise PlanError(
-                    f"paging needs {format_bytes(needed[device])} on {describe(device)}, {short} bytes more than "
+                    f"{describe(device)} must hold {format_bytes(enough)} to page the rest, {short} bytes more than "
                     f"max_memory allows",
-                    hint=f"raise max_memory[{device!r}] to {found.used[device] + needed[device]}, or use a smaller format",
+                    hint=f"raise max_memory[{device!r}] to {enough}, or use a smaller format",
                 )
             return found
         kept.update(grew)
@@ -190,7 +196,9 @@ def check_device_map(model: nn.Module, device_map: Mapping[str, Placement]) -> N
                 hint=nearest_names(name, [*modules, *tensors]) or None,
             )
     optional = transient_buffers(model)
-    missing = [n for n in tensors if n not in optional and all(path not in device_map for path in ancestors(n))]
+    missing = [
+        n for n in tensors if n not in optional and all(path not in device_map for path in ancestors(n))
+    ]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise PlanError(
@@ -260,14 +268,7 @@ def normalized(place: Placement) -> Device:
         return str(place)
     if isinstance(place, int) and not isinstance(place, bool) and place >= 0:
         return place
-    try:
-        if isinstance(place, bool) or not isinstance(place, str | torch.device):
-            raise RuntimeError
-        device = torch.device(place)
-    except RuntimeError:
-        raise PlanError(
-            f"{place!r} is no device", where="device map", hint="use a GPU's number, 'cpu' or 'disk'"
-        ) from None
+    device = _read_device(place)
     if device.type in ("cpu", "mps"):
         return device.type
     if device.type == "meta":
@@ -275,6 +276,15 @@ def normalized(place: Placement) -> Device:
     if device.index is not None:
         return device.index
     return torch.accelerator.current_device_index() if torch.accelerator.is_available() else 0
+
+
+def _read_device(place: object) -> torch.device:
+    try:
+        if isinstance(place, str | torch.device):
+            return torch.device(place)
+    except RuntimeError:
+        pass  # torch's message would be about its own list of devices, which lacks "disk"
+    raise PlanError(f"{place!r} is no device", where="device map", hint="use a GPU's number, 'cpu' or 'disk'")
 
 
 def place_of(name: str, device_map: Mapping[str, Any]) -> Any:

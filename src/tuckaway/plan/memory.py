@@ -22,7 +22,12 @@ Device = int | str
 
 MaxMemory = Mapping[int | str, int | str]
 
-_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}, **{f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}}
+_CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux (cgroup v2) tells a container its own limits."""
+
+_UNITS = {"": 1, "B": 1}
+for _power, _prefix in enumerate("KMGT", 1):
+    _UNITS |= {f"{_prefix}B": 1000**_power, f"{_prefix}IB": 1024**_power}
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([a-zA-Z]*)\s*")
 
 
@@ -43,7 +48,9 @@ def parse_bytes(size: int | float | str) -> int:
     found = _SIZE.fullmatch(size) if isinstance(size, str) else None
     unit = None if found is None else _UNITS.get(found[2].upper())
     if found is None or unit is None:
-        raise PlanError(f"{size!r} is no size in bytes", hint="use an int, or a string such as '10GB' or '500MiB'")
+        raise PlanError(
+            f"{size!r} is no size in bytes", hint="use an int, or a string such as '10GB' or '500MiB'"
+        )
     return int(float(found[1]) * unit)
 
 
@@ -78,7 +85,9 @@ def get_max_memory(max_memory: MaxMemory | None = None) -> dict[Device, int]:
     for device in max_memory:
         if isinstance(device, bool) or not (isinstance(device, int) or device in ("mps", "cpu", "disk")):
             raise PlanError(
-                f"{device!r} is no device", where="max_memory", hint="use a GPU's number, 'mps', 'cpu' or 'disk'"
+                f"{device!r} is no device",
+                where="max_memory",
+                hint="use a GPU's number, 'mps', 'cpu' or 'disk'",
             )
     present = accelerator_count()
     absent = [d for d in max_memory if isinstance(d, int) and not 0 <= d < present]
@@ -111,11 +120,10 @@ def _free_memory() -> dict[Device, int]:
 def _free_ram() -> int:
     """Free bytes of RAM; in a container, what its limit leaves (which the machine's own figure does not know)."""
     free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
     try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-        stats = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+        stats = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return free
     if not limit.isdigit():

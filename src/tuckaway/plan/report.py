@@ -91,12 +91,17 @@ class QuantizationReport:
         return dict(Counter(row.reason or "" for row in self.unquantized).most_common())
 
     def __str__(self) -> str:
-        parts = [_table(("tensors", "format", "shape", "bytes", "on", "not quantized because"), self._lines())]
+        parts = [
+            _table(("tensors", "format", "shape", "bytes", "on", "not quantized because"), self._lines())
+        ]
         formats = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.bytes_by_format().items())
-        parts.append(f"{len(self.quantized)} of {len(self.quantized) + len(self.unquantized)} parameters quantized; {formats}")
+        parameters = len(self.quantized) + len(self.unquantized)
+        parts.append(f"{len(self.quantized)} of {parameters} parameters quantized; {formats}")
         places = self.bytes_by_device()
         if places:
-            parts.append("placed: " + ", ".join(f"{_place(device)} {format_bytes(n)}" for device, n in places.items()))
+            parts.append(
+                "placed: " + ", ".join(f"{_place(device)} {format_bytes(n)}" for device, n in places.items())
+            )
         return "\n".join(parts)
 
     def _lines(self) -> list[tuple[str, ...]]:
@@ -189,7 +194,9 @@ def _joined(names: list[str]) -> str:
     joined = []
     for column in zip(*pieces, strict=True):
         distinct = sorted(set(column), key=lambda piece: (len(piece), piece))
-        joined.append(column[0] if len(distinct) == 1 else f"{{{_ranges([int(piece) for piece in distinct])}}}")
+        joined.append(
+            column[0] if len(distinct) == 1 else f"{{{_ranges([int(piece) for piece in distinct])}}}"
+        )
     return ".".join(joined)
 
 
@@ -206,4 +213,5 @@ def _ranges(numbers: list[int]) -> str:
 def _table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
     widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
     ruled = [head, tuple("-" * width for width in widths), *lines]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in ruled)
+    padded = (zip(line, widths, strict=True) for line in ruled)
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in cells).rstrip() for cells in padded)

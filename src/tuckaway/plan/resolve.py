@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from tuckaway.errors import PlanError, nearest_names
 from tuckaway.paging.units import plan_pages
-from tuckaway.plan.allocate import Tree, is_block
+from tuckaway.plan.allocate import Allocation, Tree, is_block
 from tuckaway.plan.balance import get_balanced_memory
 from tuckaway.plan.device_map import (
     OFFLOADED,
@@ -30,6 +30,9 @@ from tuckaway.plan.ties import ancestors, tied_groups
 from tuckaway.tensor import TensorSpec
 
 __all__ = ["resolve_device_map"]
+
+_TRIED = 4
+"""Sizes of blocks that are tried as the least of those that stay: embedding, head, and what else is not a layer."""
 
 _NAMED = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -63,10 +66,10 @@ def resolve_device_map(
 
     Example:
         >>> from tuckaway.plan import choose_specs
-        >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+        >>> model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)])
         >>> specs, _ = choose_specs(model, None)
         >>> resolve_device_map(model, specs, "auto", max_memory={"cpu": "51kB"})
-        {'0': 'cpu', '1': 'disk', '2': 'disk'}
+        {'0': 'cpu', '1': 'disk', '2': 'disk', '3': 'disk'}
     """
     if isinstance(device_map, Mapping):
         return _completed(model, {name: normalized(place) for name, place in device_map.items()})
@@ -80,7 +83,9 @@ def resolve_device_map(
                 raise PlanError(f"{device_map!r} is no device map", hint=near)
         return {"": normalized(device_map)}
     whole = class_names(
-        no_split_module_classes if no_split_module_classes is not None else getattr(model, "_no_split_modules", None)
+        no_split_module_classes
+        if no_split_module_classes is not None
+        else getattr(model, "_no_split_modules", None)
     )
     if device_map == "sequential":
         limits = get_max_memory(max_memory)
@@ -92,21 +97,53 @@ def resolve_device_map(
     limits = {d: n for d, n in limits.items() if n > 0 or not isinstance(d, int)}
     tree = Tree(model, tensor_sizes(model, specs))
     pages = _Pages(model, specs, whole, offload_buffers, slots)
-    found = fit(
-        tree,
-        limits,
-        pages.overhead,
-        lambda name, _: not is_block(model, name, whole),
-        fallback=True,
-        strict=True,
-    )
-    return clean_device_map(found.device_map)
+    return clean_device_map(_fullest(tree, limits, pages, whole).device_map)
+
+
+def _fullest(tree: Tree, limits: Mapping[Device, int], pages: _Pages, whole: Collection[str]) -> Allocation:
+    """Fill the devices in the model's order, or with its largest blocks first where that keeps more resident.
+
+    Slots are as large as the largest page: one big block left to paging (the output head of a small model is 20
+    times a layer) takes the room of many that could have stayed.
+    """
+
+    def keep(name: str, _: nn.Module) -> bool:
+        return is_block(tree.model, name, whole)
+
+    def fitted(first: Sequence[str]) -> Allocation:
+        return fit(
+            tree, limits, pages.overhead, lambda n, m: not keep(n, m), fallback=True, strict=True, first=first
+        )
+
+    error: PlanError | None = None
+    best: Allocation | None = None
+    try:
+        best = fitted(())
+        if all(place not in OFFLOADED for place in best.device_map.values()):
+            return best
+    except PlanError as failed:
+        error = failed
+    blocks = {node.name: tree.bytes_of(node.tensors) for node in tree.leaves("", keep)}
+    executing = [device for device in limits if device not in OFFLOADED] or ["cpu"]
+    if len(executing) == 1 and executing[0] in limits:
+        for least in sorted(set(blocks.values()), reverse=True)[:_TRIED]:
+            try:
+                other = fitted([name for name, size in blocks.items() if size >= least])
+            except PlanError:
+                continue
+            if best is None or other.used[executing[0]] > best.used[executing[0]]:
+                best = other
+    if best is None:
+        raise error or PlanError("the model fits nowhere")
+    return best
 
 
 def _completed(model: nn.Module, device_map: DeviceMap) -> DeviceMap:
     """Check a map; buffers that are not part of the state and that it leaves out go where the model executes."""
     check_device_map(model, device_map)
-    left = [n for n in sorted(transient_buffers(model)) if all(path not in device_map for path in ancestors(n))]
+    left = [
+        n for n in sorted(transient_buffers(model)) if all(path not in device_map for path in ancestors(n))
+    ]
     if left:
         main = normalized(main_device_of(device_map))
         device_map |= dict.fromkeys(left, main)
@@ -117,11 +154,16 @@ class _Pages:
     """What paging takes beside the blocks that are placed: asked of paging itself, so that it is exact."""
 
     def __init__(
-        self, model: nn.Module, specs: Mapping[str, TensorSpec], whole: object, offload_buffers: bool, slots: int
+        self,
+        model: nn.Module,
+        specs: Mapping[str, TensorSpec],
+        whole: Collection[str],
+        offload_buffers: bool,
+        slots: int,
     ) -> None:
         self.model = model
         self.specs = specs
-        self.whole = sorted(whole)  # type: ignore[call-overload]
+        self.whole = sorted(whole)
         self.offload_buffers = offload_buffers
         self.slots = slots
         self.ties = tied_groups(model)
@@ -147,10 +189,15 @@ class _Pages:
         stay = sum(
             self.specs[name].nbytes
             for name, kept in plan.canonical.items()
-            if name == kept and name in plan.resident and place_of(name, device_map) in OFFLOADED and main != "cpu"
+            if name == kept
+            and name in plan.resident
+            and place_of(name, device_map) in OFFLOADED
+            and main != "cpu"
         )
-        paged = {home: plan.homed(home) for home in OFFLOADED}
-        exact = {home: sum(self.specs[n].nbytes for page in pages for n in page.tensors) for home, pages in paged.items()}
+        exact = {
+            home: sum(self.specs[name].nbytes for page in plan.homed(home) for name in page.tensors)
+            for home in OFFLOADED
+        }
         found: dict[Device, int] = {main: plan.device_nbytes(self.slots) + stay}
         found["cpu"] = found.get("cpu", 0) + plan.arena_nbytes - exact["cpu"]
         found["disk"] = plan.store_nbytes - exact["disk"]

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from tuckaway.config import QuantizationConfig, as_dtype
 from tuckaway.errors import ConfigError, PlanError, nearest_names
@@ -63,13 +63,17 @@ def choose_specs(
         PlanError: a lazy module whose parameters have no shape yet.
     """
     for name, tensor in named_tensors(model):
-        if isinstance(tensor, UninitializedTensorMixin):
+        if is_lazy(tensor):
             raise PlanError("a lazy module has no shapes yet", where=name, hint="run it once, then plan")
     wanted = as_dtype(dtype, "dtype") or (None if config is None else config.plain_dtype)
     names = _Names(model)
     skip_patterns = None if config is None else config.skip_modules
     keep_patterns = None if config is None else config.keep_in_fp32_modules
-    skipped = {name: f"skipped: {p!r}" for p in skip_patterns or () for name in names.below(p, "skip_modules", strict)}
+    skipped = {
+        name: f"skipped: {p!r}"
+        for p in skip_patterns or ()
+        for name in names.below(p, "skip_modules", strict)
+    }
     kept = {n for p in keep_patterns or () for n in names.below(p, "keep_in_fp32_modules", strict)}
     if config is not None and skip_patterns is None:
         head = output_head(model)
@@ -150,7 +154,7 @@ class _Names:
     """A model's names, and the patterns that are matched against them."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.buffers = dict(model.named_buffers(remove_duplicate=False))
         # parameters as well: the names in a checkpoint are what people copy
@@ -257,7 +261,7 @@ def _embedding(module: nn.Module, own: str, config: QuantizationConfig) -> str |
 
 def _convolution(module: nn.Module, own: str, config: QuantizationConfig) -> str | None:
     # groups of one channel are a filter each: few weights, and every error in them stays
-    return "a depthwise convolution" if module.groups > 1 and module.weight.shape[1] == 1 else None  # type: ignore[operator, union-attr, index]
+    return "a depthwise convolution" if module.groups > 1 and module.weight.shape[1] == 1 else None  # type: ignore[operator, index]
 
 
 _MATRICES = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.Embedding, _ConvNd)

@@ -60,7 +60,9 @@ def retie_parameters(model: nn.Module, tied_params: Sequence[Sequence[str]]) -> 
         for name in group:
             if name not in tensors:
                 raise PlanError(
-                    f"{name!r} is not in the model", where="tied_params", hint=nearest_names(name, tensors) or None
+                    f"{name!r} is not in the model",
+                    where="tied_params",
+                    hint=nearest_names(name, tensors) or None,
                 )
         kept = next((tensors[name] for name in group if not tensors[name].is_meta), None)
         if kept is None:

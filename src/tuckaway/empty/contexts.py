@@ -1,8 +1,8 @@
 """Build a model without its weights: :func:`init_empty_weights`, :func:`init_on_device`.
 
 Parameters come to be on the meta device, whatever a constructor does to make them; buffers and other tensors keep
-their values. :mod:`tuckaway.deferred` says how. Both contexts concern the thread that enters them and no other, and
-patch nothing: they are two of torch's modes, one for aten operations and one for Python calls.
+their values. :mod:`tuckaway.empty.deferral` says how. Both contexts concern the thread that enters them and no other,
+and patch nothing: they are two of torch's modes, one for aten operations and one for Python calls.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tuckaway.deferred import Deferral, exchange, forget, recorded, remember
+from tuckaway.empty.deferral import Deferral, exchange
+from tuckaway.empty.records import forget, recorded, remember
 
 __all__ = ["init_empty_weights", "init_on_device", "meta_buffers", "rebuild_buffers"]
 
 _log = logging.getLogger("tuckaway")
 
 _TRUE = ("1", "true", "yes", "y", "t", "on")
-_READERS = frozenset({"numpy", "tolist", "data_ptr", "untyped_storage", "storage", "__array__", "__dlpack__", "__reduce_ex__"})
+_READERS = frozenset(
+    ("numpy", "tolist", "data_ptr", "untyped_storage", "storage", "__array__", "__dlpack__", "__reduce_ex__")
+)
 """Methods of a tensor that need its memory and are no aten operations."""
 
 
@@ -162,7 +165,7 @@ class _Operations(TorchDispatchMode):
     """Sees every aten operation."""
 
     def __init__(self, deferral: Deferral) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.deferral = deferral
 
     @classmethod
@@ -187,7 +190,11 @@ class _Calls(TorchFunctionMode):
         self.deferral = deferral
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         first = args[0] if args else None
         if isinstance(first, torch.Tensor):
@@ -212,7 +219,7 @@ def _registered(parameter: nn.Parameter, deferral: Deferral) -> None:
         if parameter.is_meta:
             deferral.drop(parameter)
             return
-        if isinstance(parameter, UninitializedTensorMixin):
+        if is_lazy(parameter):
             if device.type == "meta":
                 exchange(parameter, type(parameter)(parameter.requires_grad, device, parameter.dtype))
             return
@@ -223,9 +230,11 @@ def _registered(parameter: nn.Parameter, deferral: Deferral) -> None:
             moved = torch.Tensor._make_subclass(type(parameter), moved, parameter.requires_grad)
         else:
             moved.requires_grad_(parameter.requires_grad)
-            moved._is_param = True  # type: ignore[attr-defined]
+            moved._is_param = True
         if not exchange(parameter, moved):
-            _log.warning("a parameter of shape %s stays real: others refer to it weakly", list(parameter.shape))
+            _log.warning(
+                "a parameter of shape %s stays real: others refer to it weakly", list(parameter.shape)
+            )
 
 
 def _wanted(include_buffers: bool | None) -> bool:

@@ -1,4 +1,4 @@
-"""Tensors whose values are computed only when somebody asks: what :mod:`tuckaway.empty` builds models with.
+"""Tensors whose values are computed only when somebody asks: what :mod:`tuckaway.empty.contexts` builds models with.
 
 A constructor makes tensors before anyone knows what for: ``torch.empty(4096, 4096)`` may become a parameter, whose
 values a checkpoint will bring, or half of a rotary table that nothing but this constructor can make. So a tensor made
@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import cache, partial
 from typing import Any
@@ -27,7 +25,9 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["SMALL", "Deferral", "Record", "forget", "recorded", "remember"]
+from tuckaway.empty.records import Blank, Record, Step, View, gone, realize, weakly
+
+__all__ = ["SMALL", "Deferral", "exchange"]
 
 SMALL = 1 << 16
 """Elements below which a tensor is made for real: 256 KiB of fp32, initialized in 0.2 ms."""
@@ -47,69 +47,6 @@ _TICKS = itertools.count()
 _NOTHING = tree_flatten(((), {}))[1]
 
 
-@dataclass(eq=False)
-class Record:
-    """How the contents of one storage came about.
-
-    Args:
-        storage: of the meta tensors that stand for it.
-        stays: it is wanted on the meta device; nothing makes it real unasked.
-        steps: the operations that wrote to it, in order.
-        real: the storage, once somebody asked.
-    """
-
-    storage: StorageWeakRef
-    stays: bool
-    steps: list[_Step] = field(default_factory=list)
-    real: torch.UntypedStorage | None = None
-
-
-@dataclass(eq=False)
-class _Step:
-    """One operation; deferred arguments are :class:`_View`, tensors are copies of what they were."""
-
-    tick: int
-    function: Callable[..., Any]
-    arguments: list[Any]
-    structure: Any
-    makes: list[tuple[int, Record]]
-
-    def needs(self) -> Iterator[Record]:
-        """Yield the records it reads or writes."""
-        for argument in self.arguments:
-            if isinstance(argument, _View):
-                yield argument.record
-
-
-@dataclass(frozen=True, eq=False)
-class _View:
-    """A tensor as a view of a storage."""
-
-    record: Record
-    dtype: torch.dtype
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-    def on(self, storage: torch.UntypedStorage) -> torch.Tensor:
-        """Return the view of a real storage."""
-        empty = torch.empty(0, dtype=self.dtype, device=storage.device)
-        return empty.set_(storage, self.offset, self.size, self.stride)  # type: ignore[call-overload, no-any-return]
-
-
-@dataclass(frozen=True)
-class _Blank:
-    """A tensor of which only shape and dtype matter."""
-
-    dtype: torch.dtype
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def make(self) -> torch.Tensor:
-        """Return one; its untouched memory is only address space."""
-        return torch.empty_strided(self.size, self.stride, dtype=self.dtype)
-
-
 class Deferral:
     """The deferred tensors of one thread, from the outermost context's beginning to its end."""
 
@@ -122,7 +59,9 @@ class Deferral:
 
     # What a dispatch mode asks
 
-    def run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, defer: bool, stays: bool) -> Any:
+    def run(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, defer: bool, stays: bool
+    ) -> Any:
         """Do, or defer, one aten operation.
 
         Args:
@@ -154,7 +93,9 @@ class Deferral:
             return self._on_deferred(function, flat, structure, defer)
         return self._on_unknown(function, flat, structure, defer=defer, stays=stays)
 
-    def _factory(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], defer: bool, stays: bool) -> Any:
+    def _factory(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], defer: bool, stays: bool
+    ) -> Any:
         size = args[0] if args and isinstance(args[0], list | tuple) else None
         small = not stays and size is not None and math.prod(size) < SMALL
         if small or not defer or kwargs.get("device") == _META:
@@ -217,9 +158,11 @@ class Deferral:
             args, kwargs = tree_unflatten(flat, structure)
             if kwargs.get("device") is None:
                 result = function(*args, **kwargs)
-                blank = [_Blank(v.dtype, tuple(v.shape), v.stride()) if isinstance(v, torch.Tensor) else v for v in flat]
+                blank = [Blank.like(v) if isinstance(v, torch.Tensor) else v for v in flat]
                 if not stays and result.numel() < SMALL:
-                    args, kwargs = tree_unflatten([v.make() if isinstance(v, _Blank) else v for v in blank], structure)
+                    args, kwargs = tree_unflatten(
+                        [v.make() if isinstance(v, Blank) else v for v in blank], structure
+                    )
                     return self._noted(function(*args, **kwargs))
                 self._record(function, blank, structure, result, stays=stays)
                 return result
@@ -253,7 +196,7 @@ class Deferral:
         if not tensor.is_meta or tensor.layout != torch.strided:
             return None
         record = self._records.get(tensor.untyped_storage()._cdata)
-        return None if record is None or record.storage.expired() else record
+        return None if record is None or gone(record.storage) else record
 
     def _known(self, tensor: torch.Tensor) -> Record:
         record = self._of(tensor)
@@ -276,14 +219,14 @@ class Deferral:
     ) -> None:
         """Enter one step in the records of the storages it makes and writes."""
         arguments = [self._kept(value) for value in flat]
-        step = _Step(next(_TICKS), function, arguments, structure, [])
+        step = Step(next(_TICKS), function, arguments, structure, [])
         for record in {id(r): r for r in (self._of(t) for t in written or ()) if r is not None}.values():
             record.steps.append(step)
         for index, leaf in enumerate(tree_flatten(result)[0]):
             if not isinstance(leaf, torch.Tensor):
                 continue
             if self._of(leaf) is None:
-                reference = StorageWeakRef(leaf.untyped_storage())
+                reference = weakly(leaf.untyped_storage())
                 record = Record(reference, stays, [step])
                 self._records[leaf.untyped_storage()._cdata] = record
                 step.makes.append((index, record))
@@ -296,7 +239,7 @@ class Deferral:
         record = self._of(value)
         if record is None:
             return value.detach().clone()
-        return _View(record, value.dtype, tuple(value.shape), value.stride(), int(value.storage_offset()))
+        return View(record, value.dtype, tuple(value.shape), value.stride(), int(value.storage_offset()))
 
     def watch(self, value: Any) -> None:
         """Remember tensors of the caller's that stand for deferred ones."""
@@ -309,7 +252,7 @@ class Deferral:
         for leaf in [result] if isinstance(result, torch.Tensor) else tree_flatten(result)[0]:
             if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided:
                 for part in _parts(leaf):
-                    self._made[part._cdata] = StorageWeakRef(part)
+                    self._made[part._cdata] = weakly(part)
         self._tidy()
         return result
 
@@ -317,8 +260,8 @@ class Deferral:
         if len(self._alive) + len(self._made) + len(self._records) < self._limit:
             return
         self._alive = [reference for reference in self._alive if reference() is not None]
-        self._made = {key: reference for key, reference in self._made.items() if not reference.expired()}
-        self._records = {key: record for key, record in self._records.items() if not record.storage.expired()}
+        self._made = {key: reference for key, reference in self._made.items() if not gone(reference)}
+        self._records = {key: record for key, record in self._records.items() if not gone(record.storage)}
         self._limit = 1024 + 2 * (len(self._alive) + len(self._made) + len(self._records))
 
     def drop(self, tensor: torch.Tensor) -> None:
@@ -329,7 +272,7 @@ class Deferral:
     def made_here(self, tensor: torch.Tensor) -> bool:
         """Tell whether a real tensor was made since the context began."""
         parts = list(_parts(tensor))
-        return bool(parts) and all(p._cdata in self._made and not self._made[p._cdata].expired() for p in parts)
+        return bool(parts) and all(p._cdata in self._made and not gone(self._made[p._cdata]) for p in parts)
 
     # Values
 
@@ -338,7 +281,7 @@ class Deferral:
         view = self._kept(tensor)
         with self.resting():
             storage = realize(record)
-            self._made[storage._cdata] = StorageWeakRef(storage)
+            self._made[storage._cdata] = weakly(storage)
             return view.on(storage)  # type: ignore[no-any-return]
 
     @contextmanager
@@ -366,7 +309,9 @@ class Deferral:
         """Make all that is alive real, but parameters and what shall stay; return what could not be."""
         alive = {id(t): t for t in (reference() for reference in self._alive) if t is not None}
         self._alive = []
-        wanted = [t for t in alive.values() if not isinstance(t, torch.nn.Parameter) and self._of(t) is not None]
+        wanted = [
+            t for t in alive.values() if not isinstance(t, torch.nn.Parameter) and self._of(t) is not None
+        ]
         del alive
         wanted = [t for t in wanted if not self._known(t).stays]
         failed = []
@@ -380,45 +325,8 @@ class Deferral:
     def records(self) -> Iterator[Record]:
         """Yield the records of what is still on the meta device."""
         for record in self._records.values():
-            if not record.storage.expired():
+            if not gone(record.storage):
                 yield record
-
-
-def realize(record: Record) -> torch.UntypedStorage:
-    """Do the operations that led to a storage, once, and return it."""
-    if record.real is not None:
-        return record.real
-    needed: dict[int, Record] = {}
-    stack = [record]
-    while stack:
-        current = stack.pop()
-        if id(current) in needed or current.real is not None:
-            continue
-        needed[id(current)] = current
-        for step in current.steps:
-            stack.extend(step.needs())
-    storages: dict[int, torch.UntypedStorage] = {}
-    steps = {id(step): step for one in needed.values() for step in one.steps}
-    for step in sorted(steps.values(), key=lambda step: step.tick):
-        values: list[Any] = []
-        for argument in step.arguments:
-            if isinstance(argument, _View):
-                storage = argument.record.real or storages[id(argument.record)]
-                values.append(argument.on(storage))
-            elif isinstance(argument, _Blank):
-                values.append(argument.make())
-            else:
-                values.append(argument)
-        args, kwargs = tree_unflatten(values, step.structure)
-        leaves = tree_flatten(step.function(*args, **kwargs))[0]
-        for index, made in step.makes:
-            storages[id(made)] = leaves[index].untyped_storage()
-    for key, one in needed.items():
-        # whoever still looks at it must see these very values: a random one would differ the next time
-        if one is record or not one.storage.expired():
-            one.real = storages[key]
-            one.steps = []
-    return storages[id(record)]
 
 
 def exchange(tensor: torch.Tensor, other: torch.Tensor) -> bool:
@@ -445,8 +353,9 @@ def _kind(function: Any) -> _Kind:
     tensors = [a for a in arguments if "Tensor" in str(a.type)]
     if not tensors and any(a.name == "device" for a in arguments):
         return _Kind.FACTORY
-    tags = function.tags
-    fills = torch.Tag.inplace in tags and torch.Tag.inplace_view not in tags
+    # torch 2.11 has no tag for operations in place
+    writes = bool(arguments) and arguments[0].alias_info is not None and arguments[0].alias_info.is_write
+    fills = writes and torch.Tag.inplace_view not in function.tags
     if fills and len(tensors) == 1 and tensors[0] is arguments[0] and str(tensors[0].type) == "Tensor":
         return _Kind.FILL
     return _Kind.OTHER
@@ -458,7 +367,9 @@ def _written(function: Any, flat: list[Any], structure: Any) -> list[torch.Tenso
         return []
     args, kwargs = tree_unflatten(flat, structure)
     given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
-    values = [given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    values = [
+        given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
+    ]
     return [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, torch.Tensor)]
 
 
@@ -475,37 +386,3 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
         return
     for name in names()[0]:
         yield from _parts(getattr(tensor, name))
-
-
-# Records outlive their context where a tensor stays on the meta device: a loader may want its values
-
-_remembered: dict[int, Record] = {}
-_lock = threading.Lock()
-
-
-def remember(records: Iterator[Record]) -> None:
-    """Keep records, by the storage on the meta device that stands for them."""
-    with _lock:
-        for key in [key for key, record in _remembered.items() if record.storage.expired()]:
-            del _remembered[key]
-        for record in records:
-            _remembered[record.storage.cdata] = record
-
-
-def recorded(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return the values of a tensor on the meta device, or None when nobody recorded how it came about."""
-    if not tensor.is_meta or tensor.layout != torch.strided:
-        return None
-    with _lock:
-        record = _remembered.get(tensor.untyped_storage()._cdata)
-    if record is None or record.storage.expired():
-        return None
-    view = _View(record, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
-    with torch.no_grad():
-        return view.on(realize(record))
-
-
-def forget(tensor: torch.Tensor) -> None:
-    """Drop the record of a tensor."""
-    with _lock:
-        _remembered.pop(tensor.untyped_storage()._cdata, None)

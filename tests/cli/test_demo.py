@@ -1,0 +1,117 @@
+"""The demo on a tiny model in every format, and its default budget on the real one's sizes."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import tuckaway
+from tuckaway.cli.demo import default_budget, parse_max_memory, run_demo
+from tuckaway.cli.show import Screen
+from tuckaway.errors import CheckpointNotFound, ConfigError, PlanError
+from tuckaway.plan import choose_specs, compute_module_sizes, resolve_device_map
+
+
+def demo(model: Path, *, format: str = "nf4", max_memory: str | None = None, tokens: int = 12) -> str:
+    out = io.StringIO()
+    screen = Screen(Console(file=out, highlight=False))
+    run_demo(
+        format=format,
+        max_memory=max_memory,
+        prompt="Hello",
+        model=str(model),
+        max_new_tokens=tokens,
+        screen=screen,
+    )
+    return out.getvalue()
+
+
+def answer(printed: str) -> str:
+    found = re.search(r"> Hello\n(.*)\n\n(\d+ tokens|$)", printed, re.DOTALL)
+    assert found is not None, printed
+    return found[1]
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
+def test_every_placement_is_in_use_and_the_answer_is_the_resident_models(
+    format: str, tiny_llama: Path
+) -> None:
+    spread = demo(tiny_llama, format=format)
+    places = {line.split()[0] for line in spread.splitlines() if re.match(r"  (\d+|cpu|disk) +\w", line)}
+    assert places == ({"0", "cpu", "disk"} if torch.accelerator.is_available() else {"cpu", "disk"})
+    assert re.search(rf"weights now: .*{format} ", spread)
+    assert "12 tokens, " in spread
+    resident = demo(
+        tiny_llama, format=format, max_memory="0=1GB" if torch.accelerator.is_available() else "cpu=1GB"
+    )
+    assert "disk" not in resident
+    assert answer(resident) == answer(spread)
+
+
+def test_answer_is_what_the_model_says(tiny_llama: Path) -> None:
+    """Against a loop without a cache over the same quantized weights, resident."""
+    with tuckaway.init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_llama))
+    gpu = torch.accelerator.is_available()
+    config = tuckaway.QuantizationConfig(compute_dtype=torch.bfloat16 if gpu else torch.float32)
+    model = tuckaway.load_and_quantize_model(model.eval(), config, tiny_llama)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokens = tokenizer("Hello", return_tensors="pt").input_ids.to(model.device)
+    length = tokens.shape[1]
+    with torch.no_grad():
+        for _ in range(8):
+            tokens = torch.cat([tokens, model(input_ids=tokens).logits[:, -1:].argmax(-1)], dim=1)
+    expected = tokenizer.decode(tokens[0, length:], skip_special_tokens=True)
+    assert answer(demo(tiny_llama, tokens=8)) == expected.rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("cpu=40MB", {"cpu": 40_000_000}),
+        ("0=1GiB, cpu=1.5GB", {0: 2**30, "cpu": 1_500_000_000}),
+        ("1=5", {1: 5}),
+    ],
+)
+def test_max_memory_as_written(text: str, expected: dict[int | str, int]) -> None:
+    assert parse_max_memory(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "40MB", "cpu=", "gpu=1GB", "cpu=1GB,", "-1=1GB"])
+def test_max_memory_that_is_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="DEVICE=SIZE"):
+        parse_max_memory(text)
+
+
+def test_size_that_is_none() -> None:
+    with pytest.raises(PlanError, match="no size"):
+        parse_max_memory("cpu=many")
+
+
+def test_model_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFound, match="--model"):
+        demo(tmp_path / "nothing")
+
+
+def test_budget_that_is_too_small(tiny_llama: Path) -> None:
+    with pytest.raises(PlanError):
+        demo(tiny_llama, max_memory="cpu=1kB")
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
+def test_default_budget_spreads_the_real_model(format: str, smollm2: Path) -> None:
+    with tuckaway.init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(smollm2))
+    specs, _ = choose_specs(model, tuckaway.QuantizationConfig(format=format))
+    blocks = [f"model.layers.{i}" for i in range(30)]
+    budget = default_budget(compute_module_sizes(model, specs=specs), blocks)
+    placement = resolve_device_map(model, specs, "auto", max_memory=budget)
+    counts = [list(placement.values()).count(place) for place in sorted(set(placement.values()), key=str)]
+    assert len(counts) == (3 if torch.accelerator.is_available() else 2)
+    assert min(counts) >= 5

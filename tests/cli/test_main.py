@@ -1,0 +1,63 @@
+"""The command itself: its help, its exit statuses, and how errors look."""
+
+from __future__ import annotations
+
+import builtins
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuckaway.cli.main import main
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    """Run the command in this process and return what it exits with."""
+    monkeypatch.setattr(sys, "argv", ["tuckaway", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return caught.value.code
+
+
+def test_help_names_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(monkeypatch, "--help") == 0
+    assert "demo" in capsys.readouterr().out
+
+
+def test_help_imports_no_model_library() -> None:
+    code = """
+import sys
+from tuckaway.cli.main import main
+sys.argv = ["tuckaway", "--help"]
+try:
+    main()
+except SystemExit:
+    print(*{"bitsandbytes", "gguf", "transformers", "triton"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == ""
+
+
+def test_wrong_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command(monkeypatch, "demo", "--format", "nf3") == 2
+    assert command(monkeypatch, "demo", "--max-new-tokens", "0") == 2
+
+
+def test_error_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    message = command(monkeypatch, "demo", "--model", str(tmp_path), "--max-memory", "lots")
+    assert message == "tuckaway: 'lots' is no DEVICE=SIZE. write --max-memory 0=100MB,cpu=40MB"
+
+
+def test_extra_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    original = builtins.__import__
+
+    def without_transformers(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == "transformers":
+            raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_transformers)
+    message = command(monkeypatch, "demo", "--model", str(tmp_path))
+    assert message == "tuckaway: this command needs transformers: pip install 'tuckaway[demo]'"

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+import torch
+from tuckaway.errors import ChecksumError, PagingError
+from tuckaway.paging import paging_of
+from tuckaway.paging.transfer import Transfer
+
+from paging_models import WIDTH, Block, make, page, tokens
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """Names of the pages that were brought in, in order."""
+    started: list[str] = []
+    start = Transfer.start
+    monkeypatch.setattr(
+        Transfer, "start", lambda self, unit, slot: (started.append(unit.name), start(self, unit, slot))[1]
+    )
+    return started
+
+
+CYCLE = ["embedding", *(f"blocks.{i}" for i in range(5)), "norm"]
+
+
+def forward(model):
+    with torch.no_grad():
+        return model(tokens())
+
+
+def test_the_next_page_is_brought_ahead_from_the_first_forward_on(copies):
+    model = page(make(), {"": "cpu"})
+    forward(model)
+    # the head asks for the embedding again: the first guess is the model's order, in which it comes first
+    assert copies == ["Net", *CYCLE, "embedding", "blocks.0"]
+
+
+def test_once_the_order_is_known_every_page_is_copied_once_a_forward(copies):
+    model = page(make(), {"": "cpu"}, slots=2)
+    forward(model)
+    forward(model)
+    copies.clear()
+    for _ in range(3):
+        forward(model)
+    # embedding: once for the head, once more ahead of the next forward only if it was given up in between
+    assert sorted(set(copies)) == sorted(CYCLE)
+    assert all(copies.count(name) <= 3 for name in CYCLE if name.startswith("blocks") or name == "norm")
+    assert copies.count("embedding") <= 6
+
+
+def test_repeated_blocks_are_foreseen(copies):
+    model = page(make(), {"": "cpu"})
+    model.order = [0, 1, 0, 2, 0, 3]
+    for _ in range(3):
+        forward(model)
+    copies.clear()
+    misses = count_misses(model)
+    for _ in range(3):
+        forward(model)
+    assert misses == []
+
+
+def count_misses(model):
+    pager = paging_of(model).pager
+    misses: list[str] = []
+    bring_in = pager.bring_in
+
+    def counting(page, *, own=False):
+        if page.slot is None:
+            misses.append(page.unit.name)
+        return bring_in(page, own=own)
+
+    pager.bring_in = counting
+    return misses
+
+
+def test_a_wrong_guess_does_not_end_guessing():
+    model = page(make(), {"": "cpu"})
+    for order in ([0, 1, 2, 3, 4], [4], [1, 3], [0, 1, 2, 3, 4]):
+        model.order = order
+        forward(model)
+        forward(model)
+        misses = count_misses(model)
+        forward(model)
+        assert misses == [], order
+
+
+def test_more_slots_keep_more_pages(copies):
+    counts = []
+    for slots in (2, 4, 6, 7):
+        model = page(make(), {"": "cpu"}, slots=slots)
+        forward(model)
+        forward(model)
+        copies.clear()
+        for _ in range(3):
+            forward(model)
+        counts.append(len(copies))
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] == 0
+
+
+def test_slots_are_of_one_size_and_no_more_than_asked(copies):
+    model = page(make(), {"": "cpu"}, slots=2)
+    assert paging_of(model).pager.nbytes == 0
+    forward(model)
+    pager, plan = paging_of(model).pager, paging_of(model).plan
+    assert [slot.buffer.numel() for slot in pager.slots.all] == [plan.slot_nbytes] * 2
+    assert pager.nbytes == plan.device_nbytes(2)
+
+
+def test_more_pages_in_use_than_slots(caplog):
+    model = page(make(), {"": "cpu"}, slots=2)
+    pager = paging_of(model).pager
+    with caplog.at_level(logging.DEBUG, logger="tuckaway"):
+        turns = [pager.bring_in(p) for p in pager.pages]
+    assert len(pager.slots.all) == 7
+    assert "more than 2 pages in use" in caplog.text
+    resident = make()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, resident.get_parameter(name)), name
+    for turn in turns:
+        pager.release(turn)
+    assert torch.equal(forward(model), forward(make()))
+
+
+def test_the_same_tensors_come_back_with_the_same_slot():
+    model = page(make(blocks=3), {"": "cpu"})
+    keep: list[torch.Tensor] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda m, *_: keep.append(m.up.weight))
+    for _ in range(20):
+        forward(model)
+    assert len({id(weight) for weight in keep}) <= 2 * 3
+
+
+def test_a_page_with_storage_of_its_own_survives_its_turn():
+    model = page(make(), {"": "cpu"})
+    pager = paging_of(model).pager
+    block = pager.pages[2]
+    turn = pager.bring_in(block, own=True)
+    weight = model.blocks[0].up.weight
+    pager.release(turn)
+    for other in pager.pages:
+        pager.release(pager.bring_in(other))
+    assert torch.equal(weight, make().blocks[0].up.weight)
+    assert model.blocks[0].up.weight.is_meta
+
+
+def test_own_storage_is_not_taken_away_by_another_turn():
+    model = page(make(), {"": "cpu"})
+    pager = paging_of(model).pager
+    block = pager.pages[2]
+    own = pager.bring_in(block, own=True)
+    weight = model.blocks[0].up.weight
+    other = pager.bring_in(block)
+    assert model.blocks[0].up.weight is weight
+    pager.release(other)
+    assert model.blocks[0].up.weight is weight
+    pager.release(own)
+    assert model.blocks[0].up.weight.is_meta
+    assert block.users == block.turns == 0
+
+
+def test_disk_pages_are_read_by_another_thread(tmp_path, monkeypatch):
+    readers = set()
+    fill = Transfer._fill
+    monkeypatch.setattr(
+        Transfer, "_fill", lambda *args: (readers.add(threading.current_thread().name), fill(*args))[1]
+    )
+    forward(page(make(), {"": "disk"}, tmp_path))
+    assert readers == {"tuckaway-page_0"}
+
+
+def test_a_failed_read_ahead_surfaces_only_if_the_page_is_used(tmp_path, monkeypatch):
+    model = page(make(), {"": "disk"}, tmp_path)
+    want = forward(make())
+    store = paging_of(model).homes.store
+    read, bad = store.read, paging_of(model).homes.number(paging_of(model).plan.page_of("blocks.1.up.bias"))
+
+    def broken(index, out):
+        if index == bad:
+            raise ChecksumError("broken")
+        read(index, out)
+
+    monkeypatch.setattr(store, "read", broken)
+    with torch.no_grad():
+        model.blocks[0](torch.zeros(1, WIDTH))  # guesses blocks.1
+        model.blocks[2](torch.zeros(1, WIDTH))
+        for _ in range(2):
+            with pytest.raises(ChecksumError, match="broken"):
+                model(tokens())
+    monkeypatch.undo()
+    assert torch.equal(forward(model), want)
+
+
+def test_a_closed_pager_says_so():
+    model = page(make(), {"": "cpu"})
+    forward(model)
+    paging_of(model).close()
+    paging_of(model).close()
+    with pytest.raises(PagingError, match="let go of"):
+        forward(model)
+
+
+def test_pages_of_nothing(tmp_path):
+    model = torch.nn.ModuleList([Block(), torch.nn.Identity()])
+    model.register_parameter("empty", torch.nn.Parameter(torch.empty(0, 3)))
+    page(model, {"": "disk"}, tmp_path)
+    with torch.no_grad():
+        model[1](model[0](torch.zeros(1, WIDTH)))
