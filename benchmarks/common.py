@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+import threading
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,27 @@ def private_bytes() -> int:
         lines = rollup.read_text().splitlines()
         return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Private_Clean")))
     return psutil.Process().memory_full_info().uss
+
+
+class PeakHost:
+    """Watches this process's private resident memory from a thread."""
+
+    def __enter__(self) -> PeakHost:
+        self.start = self.peak = private_bytes()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            self.peak = max(self.peak, private_bytes())
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.end = private_bytes()
+        self.peak = max(self.peak, self.end)
 
 
 def save(name: str, results: Any, folder: Path = RESULTS) -> Path:

@@ -14,13 +14,12 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, private_bytes, save
+from common import RESULTS, PeakHost, save
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -50,27 +49,6 @@ CASES: dict[str, dict[str, Any]] = {
     "nf4 nested, all on CPU": {"format": "nf4", "device_map": {"": "cpu"}, "main_device": 0},
 }
 PEERS = {"accelerate + bitsandbytes, nf4 nested": "nf4", "accelerate + bitsandbytes, int8": "int8"}
-
-
-class PeakHost:
-    """Watches this process's private resident memory from a thread."""
-
-    def __enter__(self) -> PeakHost:
-        self.start = self.peak = private_bytes()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.01):
-            self.peak = max(self.peak, private_bytes())
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.end = private_bytes()
-        self.peak = max(self.peak, self.end)
 
 
 def warm_up_gpu(config: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+
 from tuckaway.paging import arena as module
 from tuckaway.paging.arena import Arena, host_memory
 from tuckaway.paging.page import PageLayout

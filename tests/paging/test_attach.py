@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from paging_models import WIDTH, Block, Net, make, page, quantize_linears, specs_of, tokens
 from tuckaway.config import QuantizationConfig
 from tuckaway.errors import ChecksumError, PagingError, StoreError
 from tuckaway.paging import (
@@ -25,8 +27,6 @@ from tuckaway.paging import (
     plan_pages,
 )
 from tuckaway.tensor import QuantizedTensor
-
-from paging_models import WIDTH, Block, Net, make, page, quantize_linears, specs_of, tokens
 
 MAPS = {
     "disk": {"": "disk"},

@@ -7,12 +7,12 @@ import torch
 from accelerate.hooks import AlignDevicesHook, remove_hook_from_module, remove_hook_from_submodules
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
+
+from paging_models import make, page, quantize_linears, tokens
 from tuckaway.config import QuantizationConfig
 from tuckaway.errors import PagingError, StoreBusy
 from tuckaway.paging import PageHook, paging_of
 from tuckaway.tensor import QuantizedTensor
-
-from paging_models import make, page, quantize_linears, tokens
 
 
 @pytest.fixture

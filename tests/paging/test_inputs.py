@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from tuckaway.paging.inputs import first_device, move, wants_grad
 
 META = torch.device("meta")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tuckaway.config import QuantizationConfig
 from tuckaway.paging.page import ALIGNMENT, PageLayout, aligned
 from tuckaway.tensor import TensorSpec, quantize

@@ -5,11 +5,11 @@ import threading
 
 import pytest
 import torch
+
+from paging_models import WIDTH, Block, make, page, tokens
 from tuckaway.errors import ChecksumError, PagingError
 from tuckaway.paging import paging_of
 from tuckaway.paging.transfer import Transfer
-
-from paging_models import WIDTH, Block, make, page, tokens
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tuckaway.errors import ChecksumError, StoreBusy, StoreCorrupt, StoreError, StoreFull, StoreStale
 from tuckaway.paging import store as module
 from tuckaway.paging.page import EXTENT, PageLayout

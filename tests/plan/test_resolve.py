@@ -197,14 +197,14 @@ def test_transformers_models_name_their_blocks():
     total = compute_module_sizes(model, specs=specs)[""]
     found = resolve_device_map(model, specs, "auto", max_memory={"cpu": total * 3 // 4})
     assert set(found.values()) == {"cpu", "disk"}
-    assert found["transformer.h.5"] == "disk"
+    assert place_of("transformer.h.5", found) == "disk"
     assert all(name.count(".") <= 2 for name in found)
 
 
 def test_the_model_is_not_changed():
     model, specs = planned()
     before = {name: id(p) for name, p in model.named_parameters()}
-    limits = {"cpu": "200kB"}
+    limits = {"cpu": "350kB"}
     resolve_device_map(model, specs, "auto", max_memory=limits)
     assert before == {name: id(p) for name, p in model.named_parameters()}
-    assert limits == {"cpu": "200kB"}
+    assert limits == {"cpu": "350kB"}

@@ -18,21 +18,23 @@ import triton.language as tl
 from tuckaway_kernels.codebooks import CODEBOOKS
 
 
-def pair_tables(format: str) -> list[int]:
-    """The fp16 codebook as eight 32-bit words: the high bytes of codes 0 to 15, then the low bytes.
+def _tables(format: str) -> list[str]:
+    """PTX that puts the fp16 codebook in eight registers: high bytes of codes 0 to 15 in t0..t3, low bytes in t4..t7.
 
-    Kernels load them: constants in the code land in uniform registers, of which an instruction takes one, and each permute
-    then costs a move.
+    Plain constants would land in uniform registers, of which an instruction takes one, and each permute would cost a
+    move. Adding what only the hardware knows to be zero keeps them in ordinary registers; it is done once, before the loop.
     """
     bits = [struct.unpack("<H", struct.pack("<e", v))[0] for v in CODEBOOKS[format]]
-    words = []
-    for shift in (8, 0):
+    lines = ["mov.u32 p, %lanemask_eq;", "mov.u32 q, %lanemask_lt;", "and.b32 p, p, q;"]
+    for n, shift in enumerate((8, 0)):
         table = [(b >> shift) & 255 for b in bits]
-        words += [int.from_bytes(bytes(table[i : i + 4]), "little", signed=True) for i in (0, 4, 8, 12)]
-    return words
+        for i in range(4):
+            word = int.from_bytes(bytes(table[4 * i : 4 * i + 4]), "little")
+            lines.append(f"xor.b32 t{4 * n + i}, p, 0x{word:08x};")
+    return lines
 
 
-def _decode(word: str, tables: list[str], pairs: list[str], wide: bool, halves: tuple[int, ...] = (0, 1)) -> list[str]:
+def _decode(word: str, pairs: list[str], wide: bool, halves: tuple[int, ...] = (0, 1)) -> list[str]:
     """PTX that decodes ``word`` to ``pairs``, two for each half word; ``wide``: shift by multiplying, on the other pipe.
 
     A byte of codes holds weight 2i in its high nibble, so the permuted bytes are those of weights 1, 0, 3, 2.
@@ -47,24 +49,24 @@ def _decode(word: str, tables: list[str], pairs: list[str], wide: bool, halves: 
     for half in halves:
         if half:
             lines += [shift.format("s", "s", 16, "0x10000"), shift.format("c", "c", 16, "0x10000")]
-        for table, result in zip((tables[:4], tables[4:]), "hl", strict=True):
+        for t, result in ((0, "h"), (4, "l")):
             lines += [
-                f"prmt.b32 a, {table[0]}, {table[1]}, s;",
-                f"prmt.b32 b, {table[2]}, {table[3]}, s;",
+                f"prmt.b32 a, t{t}, t{t + 1}, s;",
+                f"prmt.b32 b, t{t + 2}, t{t + 3}, s;",
                 f"prmt.b32 {result}, a, b, c;",
             ]
         lines += [f"prmt.b32 {next(targets)}, l, h, 0x4051;", f"prmt.b32 {next(targets)}, l, h, 0x6273;"]
     return lines
 
 
-_REGISTERS = "{ .reg .b32 s, c, a, b, h, l, p, q, u, v;"
+_REGISTERS = "{ .reg .b32 s, c, a, b, h, l, p, q, u, v, t<8>;"
 
 
-def _dot(m: int, wide: bool) -> str:
-    """$0.. = m sums; then the word, eight tables, m sums, and four pairs of x for each."""
-    arguments = [f"${m + i}" for i in range(9 + 5 * m)]
-    word, tables, sums, x = arguments[0], arguments[1:9], arguments[9 : 9 + m], arguments[9 + m :]
-    lines = [_REGISTERS, *_decode(word, tables, ["p", "q", "u", "v"], wide)]
+def _dot(format: str, m: int, wide: bool) -> str:
+    """$0.. = m sums; then the word, m sums, and four pairs of x for each."""
+    arguments = [f"${m + i}" for i in range(1 + 5 * m)]
+    word, sums, x = arguments[0], arguments[1 : 1 + m], arguments[1 + m :]
+    lines = [_REGISTERS, *_tables(format), *_decode(word, ["p", "q", "u", "v"], wide)]
     for i in range(m):
         into = sums[i]
         for pair, value in zip("pquv", x[4 * i : 4 * i + 4], strict=True):
@@ -73,80 +75,73 @@ def _dot(m: int, wide: bool) -> str:
     return "\n".join([*lines, "}"])
 
 
-def _quad(half: int, wide: bool) -> str:
-    """$0, $1 = pairs of fp16 of one half of $2, four bytes of codes; then each table four times (one for each byte)."""
-    tables = [f"${3 + 4 * i}" for i in range(8)]
-    return "\n".join([_REGISTERS, *_decode("$2", tables, ["$0", "$1"], wide, (half,)), "}"])
+def _quad(format: str, half: int, wide: bool) -> str:
+    """$0, $1 = pairs of fp16 of one half of $2, four bytes of codes."""
+    return "\n".join([_REGISTERS, *_tables(format), *_decode("$2", ["$0", "$1"], wide, (half,)), "}"])
 
 
-DOT_1, DOT_2, DOT_3, DOT_4 = (tl.constexpr(_dot(m, False)) for m in (1, 2, 3, 4))
-WIDE_DOT_1, WIDE_DOT_2, WIDE_DOT_3, WIDE_DOT_4 = (tl.constexpr(_dot(m, True)) for m in (1, 2, 3, 4))
-FIRST_QUAD, LAST_QUAD, WIDE_FIRST_QUAD, WIDE_LAST_QUAD = (
-    tl.constexpr(_quad(half, wide)) for wide in (False, True) for half in (0, 1)
+DOTS = tl.constexpr(
+    {(fp4, m, wide): _dot("fp4" if fp4 else "nf4", m, wide) for fp4 in (0, 1) for m in (1, 2, 3, 4) for wide in (0, 1)}
 )
-DOT_1_TYPES, DOT_2_TYPES, DOT_3_TYPES, DOT_4_TYPES = (
-    tl.constexpr(",".join(["=&r"] * m + ["r"] * (9 + 5 * m))) for m in (1, 2, 3, 4)
+DOT_TYPES = tl.constexpr({m: ",".join(["=&r"] * m + ["r"] * (1 + 5 * m)) for m in (1, 2, 3, 4)})
+QUADS = tl.constexpr(
+    {
+        (fp4, half, wide): _quad("fp4" if fp4 else "nf4", half, wide)
+        for fp4 in (0, 1)
+        for half in (0, 1)
+        for wide in (0, 1)
+    }
 )
-QUAD_TYPES = tl.constexpr("=&r,=&r," + ",".join(["r"] * 33))
+
+
+@triton.constexpr_function
+def dot_assembly(fp4, m, wide):
+    """PTX of `add_word`."""
+    return DOTS.value[(int(fp4), m, int(wide))]
+
+
+@triton.constexpr_function
+def dot_types(m):
+    """Operands of `add_word`."""
+    return DOT_TYPES.value[m]
+
+
+@triton.constexpr_function
+def quad_assembly(fp4, last, wide):
+    """PTX of `bytes_to_quad`."""
+    return QUADS.value[(int(fp4), int(last), int(wide))]
 
 
 @triton.jit
-def load_tables(tables):
-    """The eight words of `pair_tables`, from int32 [8, 32] that holds each 32 times."""
-    return (
-        tl.load(tables),
-        tl.load(tables + 32),
-        tl.load(tables + 64),
-        tl.load(tables + 96),
-        tl.load(tables + 128),
-        tl.load(tables + 160),
-        tl.load(tables + 192),
-        tl.load(tables + 224),
-    )
-
-
-@triton.jit
-def add_word(word, t, x, sums, M: tl.constexpr, WIDE: tl.constexpr):
+def add_word(word, x, sums, M: tl.constexpr, FP4: tl.constexpr, WIDE: tl.constexpr):
     """Add the products of 8 weights (``word``, int32) and ``x`` to ``sums``: a tuple of M int32 of two fp16 each.
 
     x: 4 * M int32 of two fp16, four for each of the M rows.
     """
-    args = (word,) + t + sums + x
+    args = (word,) + sums + x
+    assembly: tl.constexpr = dot_assembly(FP4, M, WIDE)
+    types: tl.constexpr = dot_types(M)
     if M == 1:
-        r = tl.inline_asm_elementwise(
-            WIDE_DOT_1 if WIDE else DOT_1, DOT_1_TYPES, args, dtype=(tl.int32,), is_pure=True, pack=1
-        )
+        r = tl.inline_asm_elementwise(assembly, types, args, dtype=(tl.int32,), is_pure=True, pack=1)
     elif M == 2:
-        r = tl.inline_asm_elementwise(
-            WIDE_DOT_2 if WIDE else DOT_2, DOT_2_TYPES, args, dtype=(tl.int32, tl.int32), is_pure=True, pack=1
-        )
+        r = tl.inline_asm_elementwise(assembly, types, args, dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
     elif M == 3:
-        r = tl.inline_asm_elementwise(
-            WIDE_DOT_3 if WIDE else DOT_3, DOT_3_TYPES, args, dtype=(tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
-        )
+        r = tl.inline_asm_elementwise(assembly, types, args, dtype=(tl.int32, tl.int32, tl.int32), is_pure=True, pack=1)
     else:
         r = tl.inline_asm_elementwise(
-            WIDE_DOT_4 if WIDE else DOT_4,
-            DOT_4_TYPES,
-            args,
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
+            assembly, types, args, dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
         )
     return r
 
 
 @triton.jit
-def bytes_to_quad(codes, t, LAST: tl.constexpr, WIDE: tl.constexpr):
+def bytes_to_quad(codes, LAST: tl.constexpr, FP4: tl.constexpr, WIDE: tl.constexpr):
     """Uint8 [.., 4j] -> fp16 of that shape: of each 8 weights the first four, or the last four.
 
     Two calls and not one with two results: Triton moves only operations with one result into the operand's layout.
     """
-    if LAST:
-        assembly: tl.constexpr = WIDE_LAST_QUAD if WIDE else LAST_QUAD
-    else:
-        assembly: tl.constexpr = WIDE_FIRST_QUAD if WIDE else FIRST_QUAD
-    return tl.inline_asm_elementwise(assembly, QUAD_TYPES, (codes,) + t, dtype=tl.float16, is_pure=True, pack=4)
+    assembly: tl.constexpr = quad_assembly(FP4, LAST, WIDE)
+    return tl.inline_asm_elementwise(assembly, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
 
 
 @triton.jit

@@ -22,7 +22,6 @@ from tuckaway_kernels.linear_4bit.decode import (
     bf16_pair_magnitude,
     bytes_to_quad,
     fp16_pair_magnitude,
-    load_tables,
     scale_bf16_pair,
     scale_fp16_pair,
     sum_of_pair,
@@ -139,7 +138,6 @@ def gemv_kernel(
     nested,
     offset,
     dynamic,
-    tables,
     bias,
     out,
     rows,
@@ -153,6 +151,7 @@ def gemv_kernel(
     BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
     BF16: tl.constexpr,
+    FP4: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """x [M, cols] as int32 of two values; codes as int32 of eight; out [M, rows], or fp32 [SPLIT, M, rows] if SPLIT > 1.
@@ -166,7 +165,6 @@ def gemv_kernel(
     halves = cols // 32
     begin = tl.program_id(1) * split_halves
     end = tl.minimum(begin + split_halves, halves)
-    t = load_tables(tables + tl.arange(0, HALVES) % 32)  # a copy each lane, lest the compiler put them in uniform registers
     zero = tl.zeros([HALVES], dtype=tl.float32)
     totals = ()
     for i in tl.static_range(M * ROWS):
@@ -191,10 +189,10 @@ def gemv_kernel(
             sums = ()
             for k in tl.static_range(M):
                 sums = sums + (none,)
-            sums = add_word(w0, t, a, sums, M, WIDE)
-            sums = add_word(w1, t, b, sums, M, WIDE)
-            sums = add_word(w2, t, c, sums, M, WIDE)
-            sums = add_word(w3, t, d, sums, M, WIDE)
+            sums = add_word(w0, a, sums, M, FP4, WIDE)
+            sums = add_word(w1, b, sums, M, FP4, WIDE)
+            sums = add_word(w2, c, sums, M, FP4, WIDE)
+            sums = add_word(w3, d, sums, M, FP4, WIDE)
             for k in tl.static_range(M):
                 updated = updated + (totals[r * M + k] + sum_of_pair(sums[k]) * (scale * backs[k]),)
         totals = updated
@@ -259,7 +257,7 @@ def mma_kernel(
     nested,
     offset,
     dynamic,
-    tables,
+    codebook,
     bias,
     out,
     m,
@@ -274,6 +272,7 @@ def mma_kernel(
     BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
+    FP4: tl.constexpr,
     WIDE: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -296,7 +295,6 @@ def mma_kernel(
     x_at = x + x_row[None, :] * cols + column[:, None]
     block_at = row.to(tl.int64) * (cols // 64)
     acc = tl.zeros([ROWS, M], dtype=tl.float32)
-    t = load_tables(tables)
     for step in tl.range(begin, end, num_stages=STAGES):
         for b in tl.static_range(BLOCKS):
             block = step * BLOCKS + b
@@ -307,12 +305,12 @@ def mma_kernel(
                 scales, nested, offset, dynamic, (block_at + block) // (BLOCKSIZE // 64), row_mask, NESTED
             )
             if PTX:
-                part = tl.dot(bytes_to_quad(packed, t, False, WIDE), first)
-                part = tl.dot(bytes_to_quad(packed, t, True, WIDE), second, part)
+                part = tl.dot(bytes_to_quad(packed, False, FP4, WIDE), first)
+                part = tl.dot(bytes_to_quad(packed, True, FP4, WIDE), second, part)
             else:
-                # the same products, the two weights of a byte apart; tables: the codebook, fp32
-                even = tl.load(tables + (packed >> 4).to(tl.int32)).to(tl.float16)
-                odd = tl.load(tables + (packed & 15).to(tl.int32)).to(tl.float16)
+                # the same products, the two weights of a byte apart
+                even = tl.load(codebook + (packed >> 4).to(tl.int32)).to(tl.float16)
+                odd = tl.load(codebook + (packed & 15).to(tl.int32)).to(tl.float16)
                 pair = x + x_row[None, :] * cols + block * 64 + 2 * byte[:, None]
                 part = tl.dot(even, tl.load(pair, mask=x_mask[None, :], other=0.0))
                 part = tl.dot(odd, tl.load(pair + 1, mask=x_mask[None, :], other=0.0), part)

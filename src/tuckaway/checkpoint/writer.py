@@ -39,7 +39,7 @@ import torch
 from tuckaway import files
 from tuckaway.checkpoint.index import read_index
 from tuckaway.checkpoint.shards import ShardLayout, as_bytes, plan_shards
-from tuckaway.errors import CheckpointError, DTypeMismatch, ShapeMismatch, StoreBusy
+from tuckaway.errors import CheckpointError, DTypeMismatch, ShapeMismatch, StoreBusy, StoreError
 
 __all__ = ["CheckpointWriter"]
 
@@ -202,7 +202,10 @@ class CheckpointWriter:
                 files.sync_folder(self.directory)
         self._done = True
         for path in sorted(superseded.difference(paths)):
-            files.remove(path)
+            try:
+                files.remove(path)
+            except StoreError as error:  # the new checkpoint stands: what could not go only takes room
+                _log.warning("a file of the old checkpoint stays: %s", error)
         self._release()
         return paths
 

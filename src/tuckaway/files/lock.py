@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from tuckaway.errors import StoreBusy
+from tuckaway.errors import StoreBusy, StoreError
 from tuckaway.files.system import FLAGS, UNSUPPORTED, PathLike, remove, typed
 
 try:
@@ -74,7 +75,8 @@ class FolderLock:
         """Give the lock back, and remove its file if nobody else shares it. Twice does no harm."""
         try:
             if self._fd >= 0 and _HAS_FLOCK and try_lock(self._fd) and self._is_current():
-                remove(self.path)
+                with suppress(StoreError):  # a lock file that stays is nobody's lock
+                    remove(self.path)
         finally:
             self._close()
 

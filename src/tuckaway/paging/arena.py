@@ -138,4 +138,4 @@ def _unregister(addresses: Sequence[int]) -> None:
 
 
 def _runtime() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    return torch.cuda.cudart()

@@ -275,7 +275,7 @@ def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as a break in the compiled graph; made late because it imports the compiler."""
     found = _disabled.get(function)
     if found is None:
-        found = _disabled[function] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        found = _disabled[function] = torch.compiler.disable(function)
     return found
 
 

@@ -376,4 +376,4 @@ def _guard(parameter: torch.Tensor, name: str) -> None:
             hint="freeze it (requires_grad_(False)) or map its module to the execution device",
         )
 
-    parameter.register_hook(refuse)  # type: ignore[no-untyped-call]
+    parameter.register_hook(refuse)

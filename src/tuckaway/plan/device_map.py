@@ -94,15 +94,12 @@ def infer_auto_device_map(
     buffers = {} if offload_buffers else {name: sizes[name] for name, _ in model.named_buffers()}
 
     def overhead(device_map: Mapping[str, Device], main: Device) -> dict[Device, int]:
-        homes = [(place_of(name, device_map), size) for name, size in layers]
-        kept: dict[Device, int] = {"cpu": max((size for home, size in homes if home == "disk"), default=0)}
-        if main == "cpu":
-            return kept
-        away = max((size for home, size in homes if home in OFFLOADED), default=0)
-        return {
-            **kept,
-            main: away + sum(n for name, n in buffers.items() if place_of(name, device_map) in OFFLOADED),
-        }
+        def largest(*places: Device) -> int:
+            return max((size for name, size in layers if place_of(name, device_map) in places), default=0)
+
+        away: tuple[Device, ...] = ("disk",) if main == "cpu" else OFFLOADED
+        stay = sum(size for name, size in buffers.items() if place_of(name, device_map) in away)
+        return {"cpu": largest("disk"), main: largest(*away) + stay}
 
     limits = get_max_memory(max_memory)
     found = fit(

@@ -186,13 +186,11 @@ class _Pages:
         )
         if not plan.pages:
             return {}
+        away = ("disk",) if main == "cpu" else OFFLOADED
         stay = sum(
             self.specs[name].nbytes
             for name, kept in plan.canonical.items()
-            if name == kept
-            and name in plan.resident
-            and place_of(name, device_map) in OFFLOADED
-            and main != "cpu"
+            if name == kept and name in plan.resident and place_of(name, device_map) in away
         )
         exact = {
             home: sum(self.specs[name].nbytes for page in plan.homed(home) for name in page.tensors)
