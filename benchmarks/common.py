@@ -46,7 +46,9 @@ def private_bytes() -> int:
     rollup = Path("/proc/self/smaps_rollup")
     if rollup.exists():
         lines = rollup.read_text().splitlines()
-        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Private_Clean")))
+        return 1024 * sum(
+            int(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Private_Clean"))
+        )
     return psutil.Process().memory_full_info().uss
 
 
@@ -75,5 +77,7 @@ def save(name: str, results: Any, folder: Path = RESULTS) -> Path:
     """Write ``results`` with the conditions to ``<name>.json``."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"benchmark": name, "conditions": conditions(), "results": results}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"benchmark": name, "conditions": conditions(), "results": results}, indent=1) + "\n"
+    )
     return path

@@ -1,4 +1,4 @@
-"""GPT-2 XL in minGPT's layout: load time, GPU and host memory, and logits by placement; accelerate + bitsandbytes beside.
+"""GPT-2 XL in minGPT's layout: load time, GPU and host memory, logits by placement; accelerate + bitsandbytes too.
 
     python benchmarks/gpt2_xl.py CHECKPOINT_FOLDER [--peers] [--cold] [--out FOLDER]
 
@@ -56,7 +56,9 @@ def warm_up_gpu(config: dict[str, Any]) -> None:
     import tuckaway
 
     for dtype in (torch.bfloat16, torch.float16):
-        weight = tuckaway.quantize(torch.randn(256, 1600, device="cuda", dtype=dtype), tuckaway.QuantizationConfig(**config))
+        weight = tuckaway.quantize(
+            torch.randn(256, 1600, device="cuda", dtype=dtype), tuckaway.QuantizationConfig(**config)
+        )
         weight.dequantize()
     torch.cuda.synchronize()
     del weight
@@ -128,7 +130,10 @@ def accelerate_bitsandbytes(folder: Path, format: str) -> dict[str, Any]:
     with PeakHost() as host:
         began = time.perf_counter()
         model = load_and_quantize_model(
-            model, weights_location=str(folder), bnb_quantization_config=BnbQuantizationConfig(**options), device_map="auto"
+            model,
+            weights_location=str(folder),
+            bnb_quantization_config=BnbQuantizationConfig(**options),
+            device_map="auto",
         )
         torch.cuda.synchronize()
         seconds = time.perf_counter() - began
@@ -153,7 +158,13 @@ def run(model: torch.nn.Module) -> dict[str, Any]:
         torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     values = logits[0, -1].float()
-    digest = logits.contiguous().view(torch.uint8).long().mul(torch.arange(1, 1 + logits.nbytes, device="cuda").view(*logits.shape[:-1], -1) % 8191).sum()
+    digest = (
+        logits.contiguous()
+        .view(torch.uint8)
+        .long()
+        .mul(torch.arange(1, 1 + logits.nbytes, device="cuda").view(*logits.shape[:-1], -1) % 8191)
+        .sum()
+    )
     return {
         "logits_digest": int(digest),
         "logits_std": float(values.std()),
@@ -187,7 +198,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.case is not None:
         peer = PEERS.get(options.case)
-        result = accelerate_bitsandbytes(options.folder, peer) if peer else ours(options.folder, CASES[options.case])
+        result = (
+            accelerate_bitsandbytes(options.folder, peer)
+            if peer
+            else ours(options.folder, CASES[options.case])
+        )
         print("RESULT " + json.dumps(result))
         return
     results: dict[str, Any] = {}

@@ -2,9 +2,9 @@
 
     python benchmarks/host_memory.py [--layers 6] [--out FOLDER]
 
-Writes a GPT-2 Large shaped fp32 checkpoint (6 layers: 1.0 GB) in shards of 100 MB, 500 MB and in one file, and loads each in a
-process of its own. ``above_final_bytes`` is the peak of private resident memory less what it was before and less the
-bytes of the loaded model: what loading itself needs.
+Writes a GPT-2 Large shaped fp32 checkpoint (6 layers: 1.0 GB) in shards of 100 MB, 500 MB and in one file, and loads
+each in a process of its own. ``above_final_bytes`` is the peak of private resident memory less what it was before
+and less the bytes of the loaded model: what loading itself needs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def load(folder: Path, layers: int, format: str) -> dict[str, Any]:
 
     import tuckaway
 
-    tuckaway.quantize(torch.randn(64, 64), format)  # what is made once a process, such as tables, is not loading
+    tuckaway.quantize(
+        torch.randn(64, 64), format
+    )  # what is made once a process, such as tables, is not loading
     _, heads, width = GPT2["gpt2-large"]
     with tuckaway.init_empty_weights(include_buffers=True):
         model = GPT(layers, heads, width, 50257, 1024)
@@ -64,7 +66,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             size = write(Path(scratch), tensors, torch.float32, shard_mb * 10**6, threads=2)
             command = [sys.executable, __file__, "--load", scratch, "--layers", str(options.layers)]
-            done = subprocess.run([*command, "--format", options.format], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [*command, "--format", options.format], capture_output=True, text=True, check=True
+            )
             line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT "))
             results[f"shards of {shard_mb} MB"] = {"checkpoint_bytes": size} | json.loads(line[7:])
             print(shard_mb, results[f"shards of {shard_mb} MB"], flush=True)

@@ -22,7 +22,12 @@ import torch
 
 from tuckaway.checkpoint import CheckpointWriter
 
-GPT2 = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
+GPT2 = {
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
 """Layers, heads and width."""
 VOCABULARY, CONTEXT = 50257, 1024
 LLAMA_7B = {"layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "vocabulary": 32000}
@@ -53,7 +58,9 @@ def gpt2_tensors(layers: int, width: int) -> Iterator[tuple[str, Shape]]:
     yield "lm_head.weight", (VOCABULARY, width)
 
 
-def llama_tensors(layers: int, hidden: int, intermediate: int, heads: int, vocabulary: int) -> Iterator[tuple[str, Shape]]:
+def llama_tensors(
+    layers: int, hidden: int, intermediate: int, heads: int, vocabulary: int
+) -> Iterator[tuple[str, Shape]]:
     """Yield name and shape of every tensor of a Llama without grouped queries."""
     yield "model.embed_tokens.weight", (vocabulary, hidden)
     for layer in range(layers):
@@ -94,7 +101,9 @@ def _outlier_columns(width: int) -> torch.Tensor:
     return torch.randperm(width, generator=torch.Generator().manual_seed(width))[:6]
 
 
-def write(folder: Path, tensors: list[tuple[str, Shape]], dtype: torch.dtype, shard_bytes: int, threads: int = 8) -> int:
+def write(
+    folder: Path, tensors: list[tuple[str, Shape]], dtype: torch.dtype, shard_bytes: int, threads: int = 8
+) -> int:
     """Write a checkpoint and return its bytes; a few tensors are in memory at once."""
     writer = CheckpointWriter(folder, max_shard_size=shard_bytes)
     with writer, ThreadPoolExecutor(threads) as pool:
@@ -125,7 +134,11 @@ def main() -> None:
         layers, _, width = GPT2[options.model]
         tensors = list(gpt2_tensors(options.layers or layers, width))
     size = write(options.out, tensors, getattr(torch, options.dtype), options.shard_mb * 10**6)
-    print(json.dumps({"model": options.model, "tensors": len(tensors), "bytes": size, "folder": str(options.out)}))
+    print(
+        json.dumps(
+            {"model": options.model, "tensors": len(tensors), "bytes": size, "folder": str(options.out)}
+        )
+    )
 
 
 if __name__ == "__main__":

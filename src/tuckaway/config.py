@@ -40,7 +40,7 @@ def as_dtype(value: torch.dtype | str | None, parameter: str) -> torch.dtype | N
         raise ConfigError(
             f"{parameter} cannot be {value!r}", hint="use torch.float32, torch.float16 or torch.bfloat16"
         )
-    return dtype  # type: ignore[return-value]
+    return dtype
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,16 @@ class QuantizationConfig:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             near = nearest_names(str(self.format), FORMATS)
-            raise ConfigError(f"unknown format {self.format!r}", hint=near or f"known are {', '.join(FORMATS)}")
+            raise ConfigError(
+                f"unknown format {self.format!r}", hint=near or f"known are {', '.join(FORMATS)}"
+            )
         size = self.blocksize
         if isinstance(size, bool) or not isinstance(size, int) or not 32 <= size <= 4096 or size & (size - 1):
             raise ConfigError(f"blocksize cannot be {size!r}", hint="use a power of two from 32 to 4096")
         if self.int8_threshold is not None and not self.int8_threshold >= 0:
-            raise ConfigError(f"int8_threshold cannot be {self.int8_threshold!r}", hint="use 0.0 or more, or None")
+            raise ConfigError(
+                f"int8_threshold cannot be {self.int8_threshold!r}", hint="use 0.0 or more, or None"
+            )
         for name in ("skip_modules", "keep_in_fp32_modules"):
             value = getattr(self, name)
             if value is None:
@@ -135,16 +139,22 @@ class QuantizationConfig:
             return config
         if isinstance(config, str):
             return cls(format=config)
-        read = config.get if isinstance(config, Mapping) else lambda key, default=None: getattr(config, key, default)
+        read = (
+            config.get
+            if isinstance(config, Mapping)
+            else lambda key, default=None: getattr(config, key, default)
+        )
         four, eight = bool(read("load_in_4bit")), bool(read("load_in_8bit"))
         if four == eight:
             if not four and read("load_in_4bit") is None:
                 raise ConfigError(
                     f"{type(config).__name__} is no quantization config",
-                    hint="pass a QuantizationConfig, accelerate's BnbQuantizationConfig or transformers' BitsAndBytesConfig",
+                    hint="pass a QuantizationConfig, a BnbQuantizationConfig or a BitsAndBytesConfig",
                 )
             asked = "both" if four else "neither"
-            raise ConfigError(f"the config asks for {asked} of 4 and 8 bits", hint="set load_in_4bit or load_in_8bit")
+            raise ConfigError(
+                f"the config asks for {asked} of 4 and 8 bits", hint="set load_in_4bit or load_in_8bit"
+            )
         skip = read("skip_modules")
         if skip is None:
             skip = read("llm_int8_skip_modules")
@@ -154,7 +164,9 @@ class QuantizationConfig:
         return cls(
             format=str(read("bnb_4bit_quant_type") or "fp4") if four else "int8",
             nested=bool(read("bnb_4bit_use_double_quant")),
-            compute_dtype=as_dtype(compute, "bnb_4bit_compute_dtype") if four else as_dtype(dtype, "torch_dtype") or torch.float16,
+            compute_dtype=as_dtype(compute, "bnb_4bit_compute_dtype")
+            if four
+            else as_dtype(dtype, "torch_dtype") or torch.float16,
             dtype=as_dtype(dtype, "torch_dtype"),
             int8_threshold=6.0 if threshold is None else float(threshold),
             skip_modules=skip,

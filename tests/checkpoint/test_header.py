@@ -321,8 +321,7 @@ def compare_with_safetensors(content: bytes) -> bool:
     try:
         header = parse_header(content[8 : 8 + length], path, 8 + length, identity)
     except (HeaderError, TruncatedError) as error:
-        assert "fuzzed.safetensors" in str(error)
-        return False
+        return "fuzzed.safetensors" not in str(error)
     theirs = dict(safetensors.deserialize(content))
     assert header.entries.keys() == theirs.keys()
     for name, entry in header.entries.items():

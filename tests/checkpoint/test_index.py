@@ -49,16 +49,26 @@ def test_an_index_leads_to_its_shards(sharded):
         assert checkpoint.read("c").tolist() == [99.0, 99.0]
 
 
-PATHS = """
-../x.safetensors|..\\x.safetensors|a/../../x.safetensors|a\\..\\..\\x.safetensors|..|.|./|/|\\|a/..|.. /x.safetensors
-/x.safetensors|/etc/x.safetensors|//x.safetensors|//host/share/x.safetensors|\\x.safetensors|\\\\x.safetensors
-\\\\host\\share\\x.safetensors|\\\\?\\C:\\x.safetensors|\\\\.\\pipe\\x.safetensors|//?/C:/x.safetensors
-C:x.safetensors|C:\\x.safetensors|C:/x.safetensors|c:..\\x.safetensors|z:/../x.safetensors|file:///x.safetensors
-x.safetensors:stream.safetensors|http://host/x.safetensors|~/x.safetensors|~root/x.safetensors
-a/b/../../../x.safetensors|./../x.safetensors|a/./../../x.safetensors|a//../..//x.safetensors|..//x.safetensors
-a\\../..\\x.safetensors|../|..\\|a/..\\..\\x.safetensors|../../../../../../etc/passwd.safetensors
-""".split("|")
-PATHS = [path for line in PATHS for path in line.split("\n") if path]
+PATHS = r"""
+    ../x.safetensors        ..\x.safetensors          a/../../x.safetensors     a\..\..\x.safetensors     ..
+    .                       ./                        /                         \                         a/..
+    /x.safetensors          /etc/x.safetensors        //x.safetensors           //host/share/x.safetensors
+    \x.safetensors          \\x.safetensors           \\host\share\x.safetensors                          \..
+    \\?\C:\x.safetensors    \\.\pipe\x.safetensors    //?/C:/x.safetensors      \\?\UNC\host\share\x.safetensors
+    C:x.safetensors         C:\x.safetensors          C:/x.safetensors          c:..\x.safetensors        C:
+    z:/../x.safetensors     file:///x.safetensors     http://host/x.safetensors x.safetensors:stream.safetensors
+    ~/x.safetensors         ~root/x.safetensors       a/b/../../../x.safetensors                          ../
+    ./../x.safetensors      a/./../../x.safetensors   a//../..//x.safetensors   ..//x.safetensors         ..\
+    a\../..\x.safetensors   a/..\..\x.safetensors     ../../../../etc/passwd.safetensors                  a/../..
+    .\..\x.safetensors      a\.\..\..\x.safetensors   ./a/../../x.safetensors   ....//../x.safetensors    ./..
+"""
+PATHS = [
+    *PATHS.split(),
+    ".. /x.safetensors",
+    " ../x.safetensors",
+    "..\t/x.safetensors",
+    "a/ .. /x.safetensors",
+]
 
 
 @pytest.mark.parametrize("name", [*PATHS, "", "a\0.safetensors", "a\n.safetensors", " .. /x.safetensors"])
@@ -172,20 +182,20 @@ def test_every_disagreement_of_index_and_shards_is_found(sharded):
         Checkpoint.open(sharded)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[]",
-        "{}",
-        '{"weight_map": []}',
-        '{"weight_map": {"a": 1}}',
-        '{"weight_map": {"a": null}}',
-        "\xff",
-        "[" * 9999,
-    ]
-    + ['{"weight_map": {"a": "1.safetensors", "a": "2.safetensors"}}', "nul\0"],
-)
+NO_INDEXES = [
+    "",
+    "[]",
+    "{}",
+    '{"weight_map": []}',
+    '{"weight_map": {"a": 1}}',
+    '{"weight_map": {"a": null}}',
+    "\xff",
+    "nul\0",
+]
+NO_INDEXES += ["[" * 9999, '{"weight_map": {"a": "1.safetensors", "a": "2.safetensors"}}']
+
+
+@pytest.mark.parametrize("text", NO_INDEXES)
 def test_what_is_no_index(tmp_path, text):
     path = tmp_path / INDEX
     path.write_bytes(text.encode("latin-1"))

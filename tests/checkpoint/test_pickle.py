@@ -209,22 +209,11 @@ def test_a_record_that_is_there_twice_is_refused(path):
 def forge(
     path, name: str, shape: tuple[int, ...], stride: tuple[int, ...], numel: int, offset: int = 0
 ) -> None:
-    """Save one tensor of four floats, then change in the pickle what it says of itself."""
-
-    class Storage:
-        def __reduce__(self):
-            return (None, ())
-
+    """Write an archive with four floats and a pickle that says of them whatever it likes."""
     original = torch.arange(4.0)
-    buffer = io.BytesIO()
-    torch.save({name: original}, buffer)
-    with zipfile.ZipFile(buffer) as archive:
-        prefix = archive.namelist()[0].split("/")[0]
     pickled = io.BytesIO()
 
     class Pickler(pickle._Pickler):
-        dispatch = dict(pickle._Pickler.dispatch)
-
         def persistent_id(self, value):
             return ("storage", torch.FloatStorage, "0", "cpu", numel) if value == "the storage" else None
 
@@ -245,7 +234,6 @@ def forge(
     raw = original.numpy().tobytes()
     writer.write_record("data/0", raw, len(raw))
     writer.write_end_of_file()
-    assert prefix
 
 
 def test_an_honest_forgery_is_read(tmp_path):

@@ -24,7 +24,7 @@ def test_sizes(text, nbytes):
     assert as_bytes(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1 parsec", "0", 0, -5, "1e3", "0.1B", "１GB"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1 parsec", "0", 0, -5, "1e3", "0.1B", "\uff11GB"])
 def test_what_is_no_size(text):
     with pytest.raises(ValueError, match="size"):
         as_bytes(text)

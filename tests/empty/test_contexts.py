@@ -32,7 +32,9 @@ class Rotary(nn.Module):
         self.register_buffer("table", table)
         mask = torch.tril(torch.ones(width, width, dtype=torch.bool)).view(1, 1, width, width)
         self.register_buffer("mask", mask, persistent=False)
-        self.register_buffer("inv_freq", 1.0 / (10000 ** (torch.arange(0, 64, 2).float() / 64)), persistent=False)
+        self.register_buffer(
+            "inv_freq", 1.0 / (10000 ** (torch.arange(0, 64, 2).float() / 64)), persistent=False
+        )
         self.weight = nn.Parameter(torch.randn(width, width) * 0.02)
         self.register_buffer("ones", torch.ones_like(self.weight))
         self.plain = torch.full((width, width), 3.0)

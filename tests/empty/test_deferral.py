@@ -107,6 +107,11 @@ def of_a_parameters_shape() -> torch.Tensor:
     return torch.ones_like(layer.p).tril_() + layer.p.new_zeros(N)
 
 
+def to_a_parameters_device() -> torch.Tensor:
+    layer = nn.Linear(N, N)
+    return big().to(dtype=torch.float16, device=layer.weight.device)
+
+
 def resized() -> torch.Tensor:
     x = torch.zeros(N * N)
     x.resize_(N, N)
@@ -132,6 +137,7 @@ RECIPES = [
     numpy_in_the_middle,
     complex_numbers,
     of_a_parameters_shape,
+    to_a_parameters_device,
     resized,
     as_lists,
 ]

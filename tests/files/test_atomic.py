@@ -27,9 +27,14 @@ def test_a_file_appears_at_its_commit(tmp_path):
 def test_what_is_not_committed_leaves_nothing(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), files.AtomicFile(path, 100) as file:
-        file.write(b"new")
-        raise KeyboardInterrupt
+
+    def use():
+        with files.AtomicFile(path, 100) as file:
+            file.write(b"new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        use()
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["x"]
 

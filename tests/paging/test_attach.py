@@ -580,6 +580,7 @@ def test_a_model_is_not_materialized_in_the_middle_of_a_forward(tmp_path):
 
 
 def test_a_dropped_model_lets_go_of_everything(tmp_path):
+    before = set(threading.enumerate())
     model = page(make(), {"": "disk"}, tmp_path, fingerprint="m")
     with torch.no_grad():
         model(tokens())
@@ -588,7 +589,7 @@ def test_a_dropped_model_lets_go_of_everything(tmp_path):
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:  # a page that is being read ahead ends first
         gc.collect()
-        if paging() is None and not any(t.name.startswith("tuckaway-") for t in threading.enumerate()):
+        if paging() is None and set(threading.enumerate()) <= before:
             break
         time.sleep(0.01)
     else:

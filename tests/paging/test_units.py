@@ -171,8 +171,11 @@ def test_other_devices_get_their_inputs_moved():
     found = plan(model, {"": "cpu", "blocks": "disk", "blocks.1": "meta"}, page_cpu=False)
     assert found.resident["blocks.1.up.weight"] == torch.device("meta")
     cpu = torch.device("cpu")
-    assert found.moved["blocks.1"] == torch.device("meta")
-    assert {found.moved[n] for n in ("blocks.0", "blocks.2") if n in found.moved} <= {cpu}
+    cpu = dict.fromkeys(("embedding", "blocks.0", "blocks.2", "norm", "head"), torch.device("cpu"))
+    assert found.moved == {"blocks.1": torch.device("meta"), **cpu}
+    # the head executes where the weight is that it shares
+    found = plan(model, {"": "cpu", "embedding": "meta"}, page_cpu=False)
+    assert found.moved["head"] == found.moved["embedding"] == torch.device("meta")
     assert plan(model, {"": "disk"}).moved == {}
 
 

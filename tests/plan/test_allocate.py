@@ -55,7 +55,9 @@ def test_tied_through_others():
 
 
 def test_a_tied_module_is_split_rather_than_both_sent_away():
-    model = nn.ModuleDict({"embed": linears(2), "rest": nn.ModuleDict({"big": linears(50), "head": linears(2)})})
+    model = nn.ModuleDict(
+        {"embed": linears(2), "rest": nn.ModuleDict({"big": linears(50), "head": linears(2)})}
+    )
     model["rest"]["head"].m0.w = model["embed"].m0.w
     found = allocate(tree_of(model), [0, "disk"], {0: 10}, anything)
     assert found.device_map["embed"] == found.device_map["rest.head"] == 0
@@ -68,7 +70,9 @@ def test_first():
 
 
 def test_fallback_takes_the_first_that_fits_and_goes_on():
-    found = allocate(tree_of(linears(9, 2, 1)), [0, "disk"], {0: 8}, lambda name, module: False, fallback=True)
+    found = allocate(
+        tree_of(linears(9, 2, 1)), [0, "disk"], {0: 8}, lambda name, module: False, fallback=True
+    )
     assert found.device_map == {"m1": 0, "m0": "disk", "m2": "disk"}
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from tuckaway.config import QuantizationConfig
-from tuckaway.plan import choose_specs, compute_module_sizes, get_balanced_memory, infer_auto_device_map
 from tuckaway.plan import balance as module
+from tuckaway.plan import choose_specs, compute_module_sizes, get_balanced_memory, infer_auto_device_map
 
 
 def stack(layers: int = 12) -> nn.Module:
@@ -39,7 +39,9 @@ def test_as_accelerate(max_memory, whole, low_zero):
     if low_zero and max_memory.get(1) == 0:
         pytest.skip("accelerate numbers the devices it counts from 0 on, used or not")
     model = stack()
-    assert get_balanced_memory(model, max_memory, whole, low_zero=low_zero) == theirs(model, max_memory, whole, low_zero)
+    assert get_balanced_memory(model, max_memory, whole, low_zero=low_zero) == theirs(
+        model, max_memory, whole, low_zero
+    )
 
 
 def test_the_model_is_spread():
@@ -67,7 +69,9 @@ def test_specs_make_the_shares_exact():
 
 
 def test_one_accelerator_keeps_a_tenth_for_activations(monkeypatch):
-    monkeypatch.setattr(module, "get_max_memory", lambda given: {0: 1000, "cpu": 5000} if given is None else dict(given))
+    monkeypatch.setattr(
+        module, "get_max_memory", lambda given: {0: 1000, "cpu": 5000} if given is None else dict(given)
+    )
     assert get_balanced_memory(stack()) == {0: 900, "cpu": 5000}
     assert get_balanced_memory(stack(), {0: 1000}) == {0: 1000}
 

@@ -166,7 +166,10 @@ def test_exact_sizes_of_quantized_weights():
     assert infer_auto_device_map(model, {0: 8 * one}, specs=specs) == {"": 0}
     ours = infer_auto_device_map(model, {0: 5 * one, "cpu": 10**9}, specs=specs)
     assert bytes_on(model, ours, 0, specs=specs) == 4 * one  # and room for one more
-    assert bytes_on(model, infer_auto_device_map(model, {0: 5 * one - 1}, specs=specs), 0, specs=specs) == 3 * one
+    assert (
+        bytes_on(model, infer_auto_device_map(model, {0: 5 * one - 1}, specs=specs), 0, specs=specs)
+        == 3 * one
+    )
 
 
 def test_fallback_when_the_first_block_is_too_big():
@@ -188,7 +191,9 @@ def test_a_limited_disk():
     model = Tiny()
     total = compute_module_sizes(model)[""]
     assert infer_auto_device_map(model, {"disk": total}) == {"": "disk"}
-    with pytest.raises(PlanError, match=r"1280 bytes\) of the model fit nowhere.*head.*raise max_memory\['disk'\]"):
+    with pytest.raises(
+        PlanError, match=r"1280 bytes\) of the model fit nowhere.*head.*raise max_memory\['disk'\]"
+    ):
         infer_auto_device_map(model, {"disk": total - 1})
 
 
@@ -263,7 +268,13 @@ def test_places_nobody_knows(place):
 
 def test_place_of_takes_the_longest_entry():
     device_map = {"": 0, "a": "cpu", "a.b": "disk"}
-    assert [place_of(n, device_map) for n in ("x.y", "a", "a.c.d", "a.b.w", "ab")] == [0, "cpu", "cpu", "disk", 0]
+    assert [place_of(n, device_map) for n in ("x.y", "a", "a.c.d", "a.b.w", "ab")] == [
+        0,
+        "cpu",
+        "cpu",
+        "disk",
+        0,
+    ]
     with pytest.raises(PlanError, match="'b'"):
         place_of("b", {"a": 0})
 
@@ -283,5 +294,7 @@ def test_check_devices(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     check_devices({"": 1})
-    with pytest.raises(PlanError, match=r"accelerator 2 does not exist; this machine has 2 \(device map, 'a'\)"):
+    with pytest.raises(
+        PlanError, match=r"accelerator 2 does not exist; this machine has 2 \(device map, 'a'\)"
+    ):
         check_devices({"": 0, "a": 2})

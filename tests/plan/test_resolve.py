@@ -17,7 +17,11 @@ NF4 = QuantizationConfig()
 class Layer(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm, self.up, self.down = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+        )
         self.register_buffer("mask", torch.ones(width, dtype=torch.bool))
 
     def forward(self, x):
@@ -79,7 +83,7 @@ def test_one_device_is_everything_there(given, expected):
 
 
 def test_a_misspelt_name():
-    with pytest.raises(PlanError, match="'blanced' is no device map.*'balanced'"):
+    with pytest.raises(PlanError, match=r"'blanced' is no device map.*'balanced'"):
         resolve_device_map(*planned(), "blanced")
 
 
@@ -93,7 +97,7 @@ def test_a_dict_is_checked_and_read():
         "head": 1,
         "inv_freq": 0,
     }
-    with pytest.raises(PlanError, match="leaves out 'norm.weight'"):
+    with pytest.raises(PlanError, match=r"leaves out 'norm\.weight'"):
         resolve_device_map(model, specs, {"embed": 0, "h": 0, "head": 0})
     with pytest.raises(PlanError, match="did you mean 'embed'"):
         resolve_device_map(model, specs, {"": 0, "embd": 0})
@@ -181,7 +185,9 @@ def test_more_slots_leave_less_room():
 
 def test_what_cannot_be_is_said_in_bytes():
     model, specs = planned(words=5000)
-    with pytest.raises(PlanError, match=r"GPU 0 must hold .* (\d+) bytes more .*raise max_memory\[0\] to (\d+)") as caught:
+    with pytest.raises(
+        PlanError, match=r"GPU 0 must hold .* (\d+) bytes more .*raise max_memory\[0\] to (\d+)"
+    ) as caught:
         resolve_device_map(model, specs, "auto", max_memory={0: 1000, "cpu": "1GB"})
     enough = int(str(caught.value).split("max_memory[0] to ")[1].split(",")[0])
     found = resolve_device_map(model, specs, "auto", max_memory={0: enough, "cpu": "1GB"})

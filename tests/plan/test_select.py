@@ -22,9 +22,7 @@ def empty(make):
 def quantized(model: nn.Module, config: QuantizationConfig = ALL) -> set[str]:
     specs, reasons = choose_specs(model, config)
     assert set(specs) == {
-        n
-        for named in (model.named_parameters, model.named_buffers)
-        for n, _ in named(remove_duplicate=False)
+        n for named in (model.named_parameters, model.named_buffers) for n, _ in named(remove_duplicate=False)
     }
     assert set(reasons) == {name for name, spec in specs.items() if spec.layout is None}
     assert all(reasons.values())
@@ -65,7 +63,10 @@ class Written(nn.Module):
         (lambda: Written(w=(64, 64), experts=(4, 64, 128)), {"w", "experts"}),
         (lambda: Written(A_log=(64, 64), w=(64, 16), cls_token=(64, 64), pos_embed=(64, 64)), set()),
         (lambda: Written(down_proj_bias=(8, 64), scale=(64, 1), bias=(64,), x=(1, 64, 64)), set()),
-        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)), {"parametrizations.weight.original1"}),
+        (
+            lambda: nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)),
+            {"parametrizations.weight.original1"},
+        ),
     ],
 )
 def test_chosen_by_use(make, expected):
@@ -128,7 +129,9 @@ def test_dtypes_of_what_is_not_quantized():
     model.register_buffer("inv_freq", torch.ones(4), persistent=False)
     model.register_buffer("ids", torch.arange(4))
     specs, reasons = choose_specs(model, QuantizationConfig(dtype=torch.float16))
-    assert specs["0.weight"].dtype == specs["1.weight"].dtype == specs["0.running_mean"].dtype == torch.float16
+    assert (
+        specs["0.weight"].dtype == specs["1.weight"].dtype == specs["0.running_mean"].dtype == torch.float16
+    )
     assert specs["inv_freq"].dtype == torch.float32
     assert specs["ids"].dtype == specs["0.num_batches_tracked"].dtype == torch.int64
     assert specs["0.weight"].requires_grad
@@ -199,7 +202,10 @@ def test_kept_in_fp32_under_every_name():
         (lambda: nn.ModuleDict({"head": nn.Linear(8, 8), "layers": nn.ModuleList([nn.Linear(8, 8)])}), None),
         (lambda: nn.ModuleDict({"gate": nn.Linear(8, 8), "experts": Written(w=(4, 64, 64))}), None),
         (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)), "1"),
-        (lambda: LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=99)), "lm_head"),
+        (
+            lambda: LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=99)),
+            "lm_head",
+        ),
         (lambda: BertModel(BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2)), None),
     ],
 )

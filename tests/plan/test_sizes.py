@@ -70,7 +70,13 @@ def test_tensor_sizes_name_aliases():
 
 @pytest.mark.parametrize(
     ("dtype", "expected"),
-    [(torch.bool, 1), (torch.float8_e4m3fn, 1), (CustomDtype.INT2, 0.25), (CustomDtype.FP8, 1), ("torch.int64", 8)],
+    [
+        (torch.bool, 1),
+        (torch.float8_e4m3fn, 1),
+        (CustomDtype.INT2, 0.25),
+        (CustomDtype.FP8, 1),
+        ("torch.int64", 8),
+    ],
 )
 def test_dtype_byte_size(dtype, expected):
     assert dtype_byte_size(dtype) == expected

@@ -139,7 +139,8 @@ class TestProducts:
     def test_matches_the_dequantized_weight(self, weight: QuantizedTensor, operation) -> None:
         x, y = torch.randn(7, 128), torch.randn(7, 96)
         result = operation(weight, x, y)
-        assert_close(result, operation(weight.dequantize(), x, y))
+        # fp32 sums of 128 products of size 1 in another order
+        assert_close(result, operation(weight.dequantize(), x, y), rtol=1e-5, atol=1e-4)
 
     def test_row_slices_stay_quantized(self, weight: QuantizedTensor) -> None:
         assert isinstance(weight[32:64], QuantizedTensor)

@@ -250,8 +250,32 @@ def plain_kernel(
 
 
 @triton.jit
+def fp16_rows_kernel(x, out, powers, cols, COLUMNS: tl.constexpr):
+    """x [m, cols] -> out fp16 [m, cols] = x / power, powers fp32 [m]: 2**k that brings a row's largest to 2**3 .. 2**4.
+
+    One program a row. With 64 products of codes at most 1 a block, sums of fp16 products are taken in fp32 anyway; the
+    margin below 65,504 is for nothing, the one above 2**-24 for values 2**27 times smaller than the largest.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    largest = tl.zeros([COLUMNS], dtype=tl.float32)
+    for first in range(0, cols, COLUMNS):
+        value = tl.load(x + row * cols + first + column, mask=first + column < cols, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(value))
+    exponent = (tl.max(largest, axis=0).to(tl.int32, bitcast=True) >> 23) & 0xFF
+    exponent = tl.minimum(tl.maximum(exponent, 5), 254)
+    factor = ((257 - exponent) << 23).to(tl.float32, bitcast=True)
+    for first in range(0, cols, COLUMNS):
+        mask = first + column < cols
+        value = tl.load(x + row * cols + first + column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + row * cols + first + column, (value * factor).to(tl.float16), mask=mask)
+    tl.store(powers + row, ((exponent - 3) << 23).to(tl.float32, bitcast=True))
+
+
+@triton.jit
 def mma_kernel(
     x,
+    powers,
     codes,
     scales,
     nested,
@@ -276,7 +300,7 @@ def mma_kernel(
     WIDE: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """x fp16 [m, cols]; out [m, rows], or fp32 [SPLIT, m, rows] if SPLIT > 1.
+    """x fp16 [m, cols], to be multiplied by powers fp32 [m]; out [m, rows], or fp32 [SPLIT, m, rows] if SPLIT > 1.
 
     A program takes ROWS rows of the matrix, M rows of x and BLOCKS runs of 64 columns a step, of the
     ``split_steps`` steps that are its share. cols is a multiple of 64 * BLOCKS.
@@ -315,6 +339,7 @@ def mma_kernel(
                 part = tl.dot(even, tl.load(pair, mask=x_mask[None, :], other=0.0))
                 part = tl.dot(odd, tl.load(pair + 1, mask=x_mask[None, :], other=0.0), part)
             acc += part * scale[:, None]
+    acc = acc * tl.load(powers + x_row, mask=x_mask, other=0.0)[None, :]
     if BIAS and SPLIT == 1:
         acc += tl.load(bias + row, mask=row_mask, other=0.0).to(tl.float32)[:, None]
     at = out + (tl.program_id(1).to(tl.int64) * m + x_row[None, :]) * rows + row[:, None]

@@ -197,9 +197,8 @@ class CheckpointWriter:
             if files.remove(old_index):
                 files.sync_folder(self.directory)  # before the shards: an index must not outlive them
         else:
-            self._publish(old_index)
-            if files.remove(old_single):
-                files.sync_folder(self.directory)
+            self._publish(old_index, old_single)
+            files.sync_folder(self.directory)
         self._done = True
         for path in sorted(superseded.difference(paths)):
             try:
@@ -209,8 +208,11 @@ class CheckpointWriter:
         self._release()
         return paths
 
-    def _publish(self, index: Path) -> None:
-        """Give the shards their names, and then the index its; a failure before the index takes the shards back."""
+    def _publish(self, index: Path, single: Path) -> None:
+        """Give the shards their names, then the index its, and remove a single file; a failure takes all of it back."""
+        shadowed = (
+            single.exists()
+        )  # readers prefer it to the index: its removal is the commit, not the index's rename
         with files.AtomicFile(index) as new_index:
             new_index.write(self._index())
             new_index.finish()
@@ -218,11 +220,16 @@ class CheckpointWriter:
                 for shard in self._shards:
                     shard.file.commit(sync=False)
                 files.sync_folder(self.directory)
+                new_index.commit(sync=False)
+                if shadowed:
+                    files.sync_folder(self.directory)
+                    files.remove(single)
             except BaseException:
-                for shard in self._shards:
-                    files.remove(shard.file.path)
+                # looked up, not counted: an interrupt may come right behind the call that commits
+                if single.exists() if shadowed else new_index.temp.exists():
+                    for path in [index] * shadowed + [shard.file.path for shard in self._shards]:
+                        files.remove(path)
                 raise
-            new_index.commit()
 
     def _superseded(self, index: Path) -> set[Path]:
         """Shards of the checkpoint that was there, and those that a killed writer left without an index."""

@@ -17,14 +17,14 @@ import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum, auto
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from tuckaway.empty.operations import LIKES, Kind, kind_of, written_by
 from tuckaway.empty.records import Blank, Record, Step, View, gone, realize, weakly
 
 __all__ = ["SMALL", "Deferral", "exchange"]
@@ -34,15 +34,6 @@ SMALL = 1 << 16
 
 aten = torch.ops.aten
 _META = torch.device("meta")
-_LIKES = {
-    packet.default
-    for packet in (
-        aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like,
-        aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty_strided,
-    )
-}  # fmt: skip
-"""They take a shape from their argument, not values: known even when that is a parameter."""
-
 _TICKS = itertools.count()
 _NOTHING = tree_flatten(((), {}))[1]
 
@@ -73,10 +64,10 @@ class Deferral:
         """
         if self._busy:
             return function(*args, **kwargs)
-        kind = _kind(function)
-        if kind is _Kind.FACTORY:
+        kind = kind_of(function)
+        if kind is Kind.FACTORY:
             return self._factory(function, args, kwargs, defer, stays)
-        if kind is _Kind.FILL and defer:
+        if kind is Kind.FILL and defer:
             target = args[0]
             if not target.is_meta:
                 return function(*args, **kwargs)
@@ -122,7 +113,7 @@ class Deferral:
             real = [v if not self._is_real_now(v) else self._real_view(v) for v in flat]
             return self._for_real(function, flat, real, structure)
         tags = function.tags
-        written = _written(function, flat, structure)
+        written = written_by(function, flat, structure)
         if (
             not defer
             or torch.Tag.data_dependent_output in tags
@@ -130,12 +121,12 @@ class Deferral:
             or any(not tensor.is_meta for tensor in written)
         ):
             return self._asked(function, flat, structure)
+        # "to the device of that parameter": were it not for us, that would not be the meta device
+        flat = [None if isinstance(v, torch.device) and v == _META else v for v in flat]
         args, kwargs = tree_unflatten([_to_meta(v) for v in flat], structure)
-        if _kind(function) is _Kind.FILL:
+        if kind_of(function) is Kind.FILL:
             self._record(function, flat, structure, None, stays=False, written=written)
             return args[0]
-        if kwargs.get("device") == _META:
-            return function(*args, **kwargs)
         if kwargs.get("device") is not None:
             kwargs["device"] = _META
         try:
@@ -154,7 +145,7 @@ class Deferral:
 
     def _on_unknown(self, function: Any, flat: list[Any], structure: Any, *, defer: bool, stays: bool) -> Any:
         """An operation on parameters, whose values nobody knows."""
-        if defer and function in _LIKES:
+        if defer and function in LIKES:
             args, kwargs = tree_unflatten(flat, structure)
             if kwargs.get("device") is None:
                 result = function(*args, **kwargs)
@@ -166,7 +157,7 @@ class Deferral:
                     return self._noted(function(*args, **kwargs))
                 self._record(function, blank, structure, result, stays=stays)
                 return result
-        written = _written(function, flat, structure)
+        written = written_by(function, flat, structure)
         for tensor in written:
             if tensor.is_meta:
                 self.drop(tensor)
@@ -337,40 +328,6 @@ def exchange(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-class _Kind(Enum):
-    FACTORY = auto()
-    """Makes a tensor from no other, on a device it is told."""
-    FILL = auto()
-    """Writes to its first argument and looks at no other tensor: what initializes weights."""
-    OTHER = auto()
-
-
-@cache
-def _kind(function: Any) -> _Kind:
-    arguments = function._schema.arguments
-    tensors = [a for a in arguments if "Tensor" in str(a.type)]
-    if not tensors and any(a.name == "device" for a in arguments):
-        return _Kind.FACTORY
-    # torch 2.11 has no tag for operations in place
-    writes = bool(arguments) and arguments[0].alias_info is not None and arguments[0].alias_info.is_write
-    fills = writes and torch.Tag.inplace_view not in function.tags
-    if fills and len(tensors) == 1 and tensors[0] is arguments[0] and str(tensors[0].type) == "Tensor":
-        return _Kind.FILL
-    return _Kind.OTHER
-
-
-def _written(function: Any, flat: list[Any], structure: Any) -> list[torch.Tensor]:
-    schema = function._schema
-    if not schema.is_mutable:
-        return []
-    args, kwargs = tree_unflatten(flat, structure)
-    given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
-    values = [
-        given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
-    ]
-    return [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, torch.Tensor)]
 
 
 def _to_meta(value: Any) -> Any:

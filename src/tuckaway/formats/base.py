@@ -102,7 +102,9 @@ class Format(ABC):
         """Return ``x @ S.T + bias`` (``transpose``) or ``x @ S + bias`` for the stored matrix ``S [rows, cols]``."""
 
     @abstractmethod
-    def embedding(self, index: torch.Tensor, components: Components, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
+    def embedding(
+        self, index: torch.Tensor, components: Components, layout: Layout, dtype: torch.dtype
+    ) -> torch.Tensor:
         """Return rows ``index`` of the stored matrix, ``[*index.shape, cols]``."""
 
     @abstractmethod
@@ -175,4 +177,3 @@ def format_of(name: str) -> Format:
         raise ConfigError(
             f"unknown format {name!r}", hint=nearest_names(name, known) or f"known are {', '.join(known)}"
         ) from None
-

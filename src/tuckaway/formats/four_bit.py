@@ -18,12 +18,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import tuckaway_kernels  # noqa: F401  (registers torch.ops.tuckaway)
-from tuckaway_kernels.codebooks import codebook, dynamic_map
+from typing_extensions import override
 
+import tuckaway_kernels  # noqa: F401  (registers torch.ops.tuckaway)
 from tuckaway.errors import CheckpointError
 from tuckaway.formats.base import Entries, Format, PieceQuantizer, Serialized, register
 from tuckaway.formats.layout import Components, Layout, Shape, Specs
+from tuckaway_kernels.codebooks import codebook, dynamic_map
 
 __all__ = ["NESTED_BLOCKSIZE", "FourBit"]
 
@@ -39,6 +40,7 @@ class FourBit(Format):
     def __init__(self, name: str) -> None:
         self.name = name
 
+    @override
     def component_specs(self, layout: Layout) -> Specs:
         blocks = math.ceil(layout.numel / layout.blocksize)
         specs: Specs = {"codes": (((layout.numel + 1) // 2,), torch.uint8)}
@@ -50,14 +52,17 @@ class FourBit(Format):
         specs["nested_offset"] = ((), torch.float32)
         return specs
 
+    @override
     def piece_alignment(self, layout: Layout) -> int:
         return layout.blocksize
 
+    @override
     def quantizer(self, layout: Layout, components: Components) -> PieceQuantizer:
         return _FourBitQuantizer(layout, components)
 
+    @override
     def dequantize(self, components: Components, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
-        return torch.ops.tuckaway.dequantize_4bit(
+        result: torch.Tensor = torch.ops.tuckaway.dequantize_4bit(
             components["codes"],
             self.absmax(components, layout),
             self.name,
@@ -65,18 +70,27 @@ class FourBit(Format):
             list(layout.shape),
             dtype,
         )
+        return result
 
+    @override
     def absmax(self, components: Components, layout: Layout) -> torch.Tensor:
         if not layout.nested:
             return components["absmax"]
-        return torch.ops.tuckaway.dequantize_nested(
+        result: torch.Tensor = torch.ops.tuckaway.dequantize_nested(
             components["absmax"], components["nested_absmax"], components["nested_offset"]
         )
+        return result
 
+    @override
     def linear(
-        self, x: torch.Tensor, components: Components, layout: Layout, bias: torch.Tensor | None, transpose: bool
+        self,
+        x: torch.Tensor,
+        components: Components,
+        layout: Layout,
+        bias: torch.Tensor | None,
+        transpose: bool,
     ) -> torch.Tensor:
-        return torch.ops.tuckaway.linear_4bit(
+        result: torch.Tensor = torch.ops.tuckaway.linear_4bit(
             x,
             components["codes"],
             components["absmax"],
@@ -90,11 +104,13 @@ class FourBit(Format):
             transpose,
             layout.compute_dtype or x.dtype,
         )
+        return result
 
+    @override
     def embedding(
         self, index: torch.Tensor, components: Components, layout: Layout, dtype: torch.dtype
     ) -> torch.Tensor:
-        return torch.ops.tuckaway.embedding_4bit(
+        result: torch.Tensor = torch.ops.tuckaway.embedding_4bit(
             index,
             components["codes"],
             components["absmax"],
@@ -106,7 +122,9 @@ class FourBit(Format):
             layout.cols,
             dtype,
         )
+        return result
 
+    @override
     def narrow(
         self, components: Components, layout: Layout, start: int, shape: Shape
     ) -> tuple[Components, Layout] | None:
@@ -132,6 +150,7 @@ class FourBit(Format):
         part["absmax"] = self.absmax(nested, layout)[first - head :]
         return part, replace(layout, shape=tuple(shape), nested=False)
 
+    @override
     def serialize(self, name: str, components: Components, layout: Layout) -> Components:
         state: dict[str, object] = {
             "quant_type": self.name,
@@ -154,6 +173,7 @@ class FourBit(Format):
         tensors[_state_key(name, self.name)] = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
         return tensors
 
+    @override
     def find(self, name: str, entries: Entries, read: Callable[[str], torch.Tensor]) -> Serialized | None:
         key = _state_key(name, self.name)
         if key not in entries or name not in entries:
@@ -172,7 +192,8 @@ class FourBit(Format):
             raise CheckpointError(f"unreadable quantization state: {error!r}", where=key) from error
         if nested and state.get("nested_blocksize") != NESTED_BLOCKSIZE:
             raise CheckpointError(
-                f"nested scales in groups of {state.get('nested_blocksize')}, not {NESTED_BLOCKSIZE}", where=key
+                f"nested scales in groups of {state.get('nested_blocksize')}, not {NESTED_BLOCKSIZE}",
+                where=key,
             )
         sources = {"codes": name, "absmax": f"{name}.absmax"}
         values: Components = {}
@@ -196,8 +217,14 @@ class FourBit(Format):
             entry, (shape, dtype) = entries[source], specs[component]
             # codes may be stored as any dtype (quant_storage): the bytes are the same
             size = math.prod(entry.shape) * (entry.dtype.itemsize if component == "codes" else 1)
-            padded = math.ceil(shape[0] / entry.dtype.itemsize) * entry.dtype.itemsize if component == "codes" else shape[0]
-            if size not in {shape[0], padded} or (component != "codes" and dtype == torch.uint8 and entry.dtype != dtype):
+            padded = (
+                math.ceil(shape[0] / entry.dtype.itemsize) * entry.dtype.itemsize
+                if component == "codes"
+                else shape[0]
+            )
+            if size not in {shape[0], padded} or (
+                component != "codes" and dtype == torch.uint8 and entry.dtype != dtype
+            ):
                 raise CheckpointError(
                     f"{list(entry.shape)} {entry.dtype} does not hold the {component} of {list(layout.shape)} weights",
                     where=source,
@@ -212,6 +239,7 @@ class _FourBitQuantizer(PieceQuantizer):
         if layout.nested:
             self.absmax = torch.empty(self.absmax.shape, dtype=torch.float32, device=self.absmax.device)
 
+    @override
     def write(self, start: int, piece: torch.Tensor) -> None:
         size = self.layout.blocksize
         stop = start + piece.numel()
@@ -223,6 +251,7 @@ class _FourBitQuantizer(PieceQuantizer):
             self.absmax[start // size : math.ceil(stop / size)],
         )
 
+    @override
     def finish(self) -> None:
         if self.layout.nested:
             nested = torch.ops.tuckaway.quantize_nested(self.absmax)

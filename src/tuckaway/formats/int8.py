@@ -1,7 +1,8 @@
 """int8 rows, as LLM.int8() has them (arXiv 2208.07339): one scale a row of the stored matrix.
 
 Bytes and keys are those of bitsandbytes' ``Linear8bitLt``: ``weight`` int8 ``[N, K]``, ``SCB`` fp32 ``[N]`` beside
-it, ``weight_format`` uint8 ``[]`` = 0 (row-major). Components: ``codes`` int8 as the tensor, ``absmax`` fp32 ``[rows]``.
+it, ``weight_format`` uint8 ``[]`` = 0 (row-major). Components: ``codes`` int8 as the tensor, ``absmax`` fp32
+``[rows]``.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import tuckaway_kernels  # noqa: F401  (registers torch.ops.tuckaway)
+from typing_extensions import override
 
+import tuckaway_kernels  # noqa: F401  (registers torch.ops.tuckaway)
 from tuckaway.errors import CheckpointError
 from tuckaway.formats.base import Entries, Format, PieceQuantizer, Serialized, register
 from tuckaway.formats.layout import Components, Layout, Shape, Specs
@@ -25,27 +27,41 @@ class Int8(Format):
 
     name = "int8"
 
+    @override
     def component_specs(self, layout: Layout) -> Specs:
         return {"codes": (layout.shape, torch.int8), "absmax": ((layout.rows,), torch.float32)}
 
+    @override
     def piece_alignment(self, layout: Layout) -> int:
         return max(layout.cols, 1)
 
+    @override
     def quantizer(self, layout: Layout, components: Components) -> PieceQuantizer:
         return _Int8Quantizer(layout, components)
 
+    @override
     def dequantize(self, components: Components, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
-        return torch.ops.tuckaway.dequantize_int8(components["codes"], components["absmax"], dtype)
+        result: torch.Tensor = torch.ops.tuckaway.dequantize_int8(
+            components["codes"], components["absmax"], dtype
+        )
+        return result
 
+    @override
     def absmax(self, components: Components, layout: Layout) -> torch.Tensor:
         return components["absmax"]
 
+    @override
     def linear(
-        self, x: torch.Tensor, components: Components, layout: Layout, bias: torch.Tensor | None, transpose: bool
+        self,
+        x: torch.Tensor,
+        components: Components,
+        layout: Layout,
+        bias: torch.Tensor | None,
+        transpose: bool,
     ) -> torch.Tensor:
         # LLM.int8() quantizes rows of x along the dimension that rows of W run along; x @ S has no such product
         threshold = layout.int8_threshold if transpose else None
-        return torch.ops.tuckaway.linear_int8(
+        result: torch.Tensor = torch.ops.tuckaway.linear_int8(
             x,
             components["codes"].view(layout.rows, layout.cols),
             components["absmax"],
@@ -54,13 +70,17 @@ class Int8(Format):
             transpose,
             layout.compute_dtype or x.dtype,
         )
+        return result
 
+    @override
     def embedding(
         self, index: torch.Tensor, components: Components, layout: Layout, dtype: torch.dtype
     ) -> torch.Tensor:
         codes = components["codes"].view(layout.rows, layout.cols)
-        return torch.ops.tuckaway.embedding_int8(index, codes, components["absmax"], dtype)
+        result: torch.Tensor = torch.ops.tuckaway.embedding_int8(index, codes, components["absmax"], dtype)
+        return result
 
+    @override
     def narrow(
         self, components: Components, layout: Layout, start: int, shape: Shape
     ) -> tuple[Components, Layout] | None:
@@ -73,6 +93,7 @@ class Int8(Format):
         }
         return part, replace(layout, shape=tuple(shape))
 
+    @override
     def serialize(self, name: str, components: Components, layout: Layout) -> Components:
         prefix = name.removesuffix("weight")
         scales = f"{prefix}SCB" if name.endswith("weight") else f"{name}.SCB"
@@ -83,6 +104,7 @@ class Int8(Format):
             kind: torch.zeros((), dtype=torch.uint8),
         }
 
+    @override
     def find(self, name: str, entries: Entries, read: Callable[[str], torch.Tensor]) -> Serialized | None:
         entry = entries.get(name)
         if entry is None or entry.dtype != torch.int8:
@@ -93,7 +115,9 @@ class Int8(Format):
             return None
         layout = Layout(format=self.name, shape=tuple(entry.shape), dtype=torch.float16)
         if math.prod(entries[scales].shape) != layout.rows:
-            raise CheckpointError(f"{list(entries[scales].shape)} scales for {layout.rows} rows", where=scales)
+            raise CheckpointError(
+                f"{list(entries[scales].shape)} scales for {layout.rows} rows", where=scales
+            )
         if kind in entries and int(read(kind)) != 0:
             raise CheckpointError(
                 f"int8 weights in the tiled format {int(read(kind))}",
@@ -110,6 +134,7 @@ class _Int8Quantizer(PieceQuantizer):
         self.codes = components["codes"].view(-1)
         self.absmax = components["absmax"]
 
+    @override
     def write(self, start: int, piece: torch.Tensor) -> None:
         rows = piece.numel() // self.cols
         first = start // self.cols
@@ -119,6 +144,7 @@ class _Int8Quantizer(PieceQuantizer):
             self.absmax[first : first + rows],
         )
 
+    @override
     def finish(self) -> None:
         """Nothing is left to do: rows are independent."""
 

@@ -8,4 +8,10 @@ model is not touched, so a load that fails leaves it as it was.
 from tuckaway.load.dispatch import cpu_offload, disk_offload, dispatch_model
 from tuckaway.load.load import load_and_quantize_model, load_checkpoint_and_dispatch
 
-__all__ = ["cpu_offload", "disk_offload", "dispatch_model", "load_and_quantize_model", "load_checkpoint_and_dispatch"]
+__all__ = [
+    "cpu_offload",
+    "disk_offload",
+    "dispatch_model",
+    "load_and_quantize_model",
+    "load_checkpoint_and_dispatch",
+]

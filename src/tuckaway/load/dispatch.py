@@ -74,7 +74,11 @@ def disk_offload(
 ) -> nn.Module:
     """Keep every block on disk and page it onto ``execution_device`` (the GPU where there is one) for its turn."""
     return dispatch_model(
-        model, {"": "disk"}, _executing(execution_device), offload_dir=offload_dir, offload_buffers=offload_buffers
+        model,
+        {"": "disk"},
+        _executing(execution_device),
+        offload_dir=offload_dir,
+        offload_buffers=offload_buffers,
     )
 
 

@@ -91,7 +91,6 @@ def _piece_rules(feed: Feed) -> tuple[int, bool]:
     return sink.align, sink.whole
 
 
-
 def fill_from_tensors(
     feeds: tuple[Feed, ...], state: Mapping[str, torch.Tensor], destination_of: Callable[[Feed], Destination]
 ) -> None:

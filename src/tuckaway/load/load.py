@@ -198,7 +198,9 @@ def _open(
         return Checkpoint.open(location, revision=revision, allow_pickle=allow_pickle)
     empty = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if empty is not None:
-        raise ConfigError("the model is empty and weights_location is None", where=empty, hint="name a checkpoint")
+        raise ConfigError(
+            "the model is empty and weights_location is None", where=empty, hint="name a checkpoint"
+        )
     return None
 
 
@@ -237,7 +239,8 @@ def run(
     if offload_folder is None and any(str(place) == "disk" for place in placement.values()):
         raise PlanError(
             "blocks are placed on disk and offload_folder is None",
-            where=next(name for name, place in placement.items() if str(place) == "disk") or "the whole model",
+            where=next(name for name, place in placement.items() if str(place) == "disk")
+            or "the whole model",
             hint="name a folder to page from",
         )
     plan = plan_pages(
@@ -329,7 +332,11 @@ def _match(
         strict=strict,
     )
     if match.unexpected:
-        _log.warning("left out %d tensors that the model has no place for: %s", len(match.unexpected), match.unexpected[:5])
+        _log.warning(
+            "left out %d tensors that the model has no place for: %s",
+            len(match.unexpected),
+            match.unexpected[:5],
+        )
     return match
 
 
@@ -361,5 +368,6 @@ def _out_of_memory_named() -> Iterator[None]:
     else:
         return
     raise LoadOutOfMemoryError(
-        f"memory ran out while loading: {message}", hint="place less on this device with max_memory or device_map"
+        f"memory ran out while loading: {message}",
+        hint="place less on this device with max_memory or device_map",
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tuckaway.checkpoint import Checkpoint, TensorEntry
-from tuckaway.config import QuantizationConfig
+from tuckaway.config import QuantizationConfig, as_dtype
 from tuckaway.errors import DTypeMismatch, KeyMismatch, ShapeMismatch, nearest_names
 from tuckaway.formats import Components, Serialized, registered_formats
 from tuckaway.tensor import QuantizedTensor, TensorSpec
@@ -116,9 +116,7 @@ def match_checkpoint(
             missing.append(names[0])
     left = [n for n in checkpoint.entries if n not in consumed]
     not_persistent = {n for n, s in specs.items() if not s.persistent}
-    unexpected = [
-        n for n in left if n not in not_persistent and not any(re.search(p, n) for p in ignored)
-    ]
+    unexpected = [n for n in left if n not in not_persistent and not any(re.search(p, n) for p in ignored)]
     if missing or (strict and unexpected):
         raise KeyMismatch(*_describe(missing, unexpected if strict else [], checkpoint))
     return Match(tuple(feeds), tuple(kept), tuple(unexpected))
@@ -154,7 +152,9 @@ def _distinct(specs: Mapping[str, TensorSpec], groups: Sequence[Sequence[str]]) 
 _Found = tuple[dict[str, TensorEntry], Components, TensorSpec, set[str]]
 
 
-def _find(checkpoint: Checkpoint, name: str, spec: TensorSpec, config: QuantizationConfig | None) -> _Found | None:
+def _find(
+    checkpoint: Checkpoint, name: str, spec: TensorSpec, config: QuantizationConfig | None
+) -> _Found | None:
     for format in registered_formats().values():
         serialized = format.find(name, checkpoint.entries, checkpoint.read)
         if serialized is not None:
@@ -170,7 +170,8 @@ def _find(checkpoint: Checkpoint, name: str, spec: TensorSpec, config: Quantizat
         )
     if entry.dtype.is_floating_point != spec.dtype.is_floating_point:
         raise DTypeMismatch(
-            f"{name!r} is {entry.dtype} in the checkpoint and {spec.dtype} in the model", where=entry.path.name
+            f"{name!r} is {entry.dtype} in the checkpoint and {spec.dtype} in the model",
+            where=entry.path.name,
         )
     return {"": entry}, {}, spec, {name}
 
@@ -192,8 +193,10 @@ def _quantized_already(
     final = replace(
         layout,
         transposed=transposed,
-        compute_dtype=None if config is None else config.compute_dtype,
-        int8_threshold=(6.0 if config is None else config.int8_threshold) if layout.format == "int8" else None,
+        compute_dtype=None if config is None else as_dtype(config.compute_dtype, "compute_dtype"),
+        int8_threshold=(6.0 if config is None else config.int8_threshold)
+        if layout.format == "int8"
+        else None,
     )
     entries = {component: checkpoint.entries[source] for component, source in found.sources.items()}
     return entries, found.values, replace(spec, dtype=outer, layout=final), set(found.consumed)
@@ -208,7 +211,9 @@ def _describe(missing: list[str], unexpected: list[str], checkpoint: Checkpoint)
             parts.append(f"for {missing[0]!r}, {near}")
     if unexpected:
         parts.append(f"the model has no place for {_names(unexpected)} (strict=False leaves them out)")
-    where = ", ".join(path.name for path in checkpoint.files[:3]) + (", ..." if len(checkpoint.files) > 3 else "")
+    where = ", ".join(path.name for path in checkpoint.files[:3]) + (
+        ", ..." if len(checkpoint.files) > 3 else ""
+    )
     return (f"{'; '.join(parts)} ({where})",)
 
 

@@ -10,6 +10,7 @@ import math
 from typing import Protocol
 
 import torch
+from typing_extensions import override
 
 from tuckaway.formats import Components, PieceQuantizer, format_of
 from tuckaway.tensor import TensorSpec
@@ -35,7 +36,7 @@ class Sink(Protocol):
         """All pieces were written."""
 
 
-class PlainSink:
+class PlainSink(Sink):
     """Fills a plain tensor, casting to its dtype."""
 
     align, whole = 1, False
@@ -43,17 +44,19 @@ class PlainSink:
     def __init__(self, target: torch.Tensor) -> None:
         self.target = target.view(-1)
 
+    @override
     def write(self, start: int, piece: torch.Tensor) -> None:
         part = self.target[start : start + piece.numel()]
         if part.device != piece.device:
             piece = piece.to(part.device)  # the bus carries the stored dtype; the cast runs over there
         part.copy_(piece)
 
+    @override
     def finish(self) -> None:
         """Nothing is left to do."""
 
 
-class CopySink:
+class CopySink(Sink):
     """Fills one component of an already quantized tensor; codes may be stored as any dtype of the same bytes."""
 
     align, whole = 1, False
@@ -63,32 +66,38 @@ class CopySink:
         self.itemsize = stored_dtype.itemsize if self.as_bytes else 1
         self.target = target.view(-1)
 
+    @override
     def write(self, start: int, piece: torch.Tensor) -> None:
         if self.as_bytes:
             piece, start = piece.view(self.target.dtype), start * self.itemsize
             piece = piece[: max(self.target.numel() - start, 0)]
         self.target[start : start + piece.numel()].copy_(piece)
 
+    @override
     def finish(self) -> None:
         """Nothing is left to do."""
 
 
-class QuantizeSink:
+class QuantizeSink(Sink):
     """Quantizes on arrival. The weight is first cast to the dtype it is seen in, as bitsandbytes' users have it."""
 
     whole = False
 
-    def __init__(self, quantizer: PieceQuantizer, align: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, quantizer: PieceQuantizer, align: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.quantizer = quantizer
         self.align = align
         self.dtype = dtype
         self.device = device
 
+    @override
     def write(self, start: int, piece: torch.Tensor) -> None:
         if self.device != piece.device:
             piece = piece.to(self.device)
         self.quantizer.write(start, piece.to(self.dtype))
 
+    @override
     def finish(self) -> None:
         self.quantizer.finish()
 
@@ -102,11 +111,17 @@ class TransposedSink(QuantizeSink):
     whole = True
 
     def __init__(
-        self, quantizer: PieceQuantizer, align: int, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]
+        self,
+        quantizer: PieceQuantizer,
+        align: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        shape: tuple[int, ...],
     ) -> None:
         super().__init__(quantizer, align, dtype, device)
         self.shape = shape
 
+    @override
     def write(self, start: int, piece: torch.Tensor) -> None:
         if self.device != piece.device:
             piece = piece.to(self.device)

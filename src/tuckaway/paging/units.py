@@ -265,22 +265,32 @@ class _Tree:
 
     def moved(self, execution: torch.device, resident: Mapping[str, torch.device]) -> dict[str, torch.device]:
         """Devices that inputs must be moved to, when the map executes on more than one."""
-        devices: dict[str, set[torch.device]] = {}
-        for name, entry in self.entry_of.items():
-            devices.setdefault(entry, set()).add(resident.get(name, execution))
-        if not any(d != execution for found in devices.values() for d in found):
+        lies = {name: resident.get(name, execution) for name in self.entry_of}
+        if all(device == execution for device in lies.values()):
             return {}
         moved: dict[str, torch.device] = {}
-        for entry, found in devices.items():
-            # every tensor of an entry can lie elsewhere only through a tie: then it executes there
-            target = next(iter(found)) if len(found) == 1 else as_device(self.map[entry], execution)
-            if _home(self.map[entry]) in self.paged_homes:
-                target = next(iter(found)) if len(found) == 1 else execution
-            path = entry if entry in self.modules else entry.rpartition(".")[0]
-            for called in self._outermost_called(path):
-                if called:
-                    moved[called] = target
+        for entry, placement in self.map.items():
+            default = execution if _home(placement) in self.paged_homes else as_device(placement, execution)
+            for path in self._movers(entry) if entry in self.modules else ():
+                found = {
+                    lies[name] for name, of in self.entry_of.items() if of == entry and _is_below(name, path)
+                }
+                if path and found:
+                    # all tensors of a module can lie elsewhere only through a tie: then it executes there
+                    moved[path] = found.pop() if len(found) == 1 else default
         return moved
+
+    def _movers(self, path: str) -> Iterator[str]:
+        """Modules of an entry that may be given inputs from another device: its own, or those among other entries."""
+        if not any(_is_below(other, path) for other in self.map if other != path and other in self.modules):
+            yield from self._outermost_called(path)
+            return
+        if is_called(self.modules[path]):
+            yield path
+        for child, _ in self.modules[path].named_children():
+            below = f"{path}.{child}" if path else child
+            if below not in self.map:
+                yield from self._movers(below)
 
     def _outermost_called(self, path: str) -> Iterator[str]:
         if is_called(self.modules[path]):

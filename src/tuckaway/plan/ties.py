@@ -6,14 +6,21 @@ counts, places and quantizes a tensor once, whatever number of names it has.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
 from tuckaway.errors import PlanError, nearest_names
 
-__all__ = ["canonical_names", "find_tied_parameters", "named_tensors", "retie_parameters", "tied_groups"]
+__all__ = [
+    "ancestors",
+    "canonical_names",
+    "find_tied_parameters",
+    "named_tensors",
+    "retie_parameters",
+    "tied_groups",
+]
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -90,8 +97,3 @@ def ancestors(name: str) -> Iterator[str]:
         yield name
         name = name.rpartition(".")[0]
     yield ""
-
-
-def by_name(specs: Mapping[str, object] | None, name: str) -> object | None:
-    """Return the entry of an optional mapping."""
-    return None if specs is None else specs.get(name)

@@ -45,7 +45,9 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
 
-def product(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None, *, transpose: bool) -> torch.Tensor:
+def product(
+    x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None, *, transpose: bool
+) -> torch.Tensor:
     """Return ``x @ weight.T + bias`` (``transpose``) or ``x @ weight + bias``, with the kernels of its format.
 
     Args:
@@ -107,7 +109,8 @@ def _to_copy(
         return NotImplemented
     # another float dtype is only what torch sees: codes and scales stay (peft casts every parameter it finds)
     components = {
-        key: part.to(device=device, non_blocking=non_blocking, copy=True) for key, part in tensor.components.items()
+        key: part.to(device=device, non_blocking=non_blocking, copy=True)
+        for key, part in tensor.components.items()
     }
     return QuantizedTensor(components, tensor.layout_info, dtype=dtype or tensor.dtype)
 
@@ -136,7 +139,9 @@ _TABLE[aten.randn_like.default] = _plain_like(torch.randn)
 
 @implements(aten.new_empty.default, aten.new_zeros.default)
 def _new(tensor: QuantizedTensor, size: Any, **options: Any) -> torch.Tensor:
-    return _plain_like(torch.zeros)(torch.empty(size, dtype=tensor.dtype, device="meta"), **{"device": tensor.device, **options})
+    return _plain_like(torch.zeros)(
+        torch.empty(size, dtype=tensor.dtype, device="meta"), **{"device": tensor.device, **options}
+    )
 
 
 # Views: the same bytes read otherwise
@@ -193,7 +198,9 @@ def _slice(
     tensor: QuantizedTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Any:
     layout, dim = tensor.layout_info, dim % tensor.dim()
-    first, last, _ = slice(start, None if end is None or end > tensor.shape[dim] else end).indices(tensor.shape[dim])
+    first, last, _ = slice(start, None if end is None or end > tensor.shape[dim] else end).indices(
+        tensor.shape[dim]
+    )
     if step == 1 and (first, last) == (0, tensor.shape[dim]):
         return _share(tensor)
     stored_dim = dim
@@ -246,7 +253,13 @@ def _mm(left: Any, right: Any) -> Any:
 
 @implements(aten.addmm.default)
 def _addmm(bias: Any, left: Any, right: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    if beta == 1 and alpha == 1 and _is_matrix(right) and bias.dim() == 1 and not isinstance(bias, QuantizedTensor):
+    if (
+        beta == 1
+        and alpha == 1
+        and _is_matrix(right)
+        and bias.dim() == 1
+        and not isinstance(bias, QuantizedTensor)
+    ):
         return product(_plain(left), right, bias, transpose=False)
     result = _mm(left, right)
     return NotImplemented if result is NotImplemented else beta * _plain(bias) + alpha * result
@@ -282,7 +295,11 @@ def _index(tensor: Any, indices: Any) -> Any:
     if not isinstance(tensor, QuantizedTensor) or len(indices) != 1 or indices[0] is None:
         return NotImplemented
     layout, index = tensor.layout_info, indices[0]
-    if index.dtype in (torch.bool, torch.uint8) or tensor.dim() < 2 or (layout.transposed and tensor.dim() == 2):
+    if (
+        index.dtype in (torch.bool, torch.uint8)
+        or tensor.dim() < 2
+        or (layout.transposed and tensor.dim() == 2)
+    ):
         return NotImplemented
     format = format_of(layout.format)
     if tensor.dim() == 2:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from tuckaway.tensor.dispatch import product
-from tuckaway.tensor.quantized import QuantizedTensor
+from tuckaway.tensor.quantized import QuantizedTensor, same_kind
 
 __all__ = ["FUNCTIONS"]
 
@@ -46,9 +46,7 @@ def _set_data(tensor: Any, value: Any) -> Any:
 def _adopt(tensor: QuantizedTensor, value: QuantizedTensor) -> None:
     """Give ``tensor`` the components of ``value``, and its dtype and device with them."""
     fresh = QuantizedTensor(value.components, value.layout_info, dtype=value.dtype)
-    if isinstance(tensor, torch.nn.Parameter):
-        fresh = torch.nn.Parameter(fresh, requires_grad=tensor.requires_grad)
-    torch.utils.swap_tensors(tensor, fresh)
+    torch.utils.swap_tensors(tensor, same_kind(tensor, fresh))
 
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -59,12 +59,15 @@ class QuantizedTensor(torch.Tensor):
         dtype: torch.dtype | None = None,
         requires_grad: bool = False,
     ) -> QuantizedTensor:
+        """Make the wrapper; see the class."""
         if isinstance(data, QuantizedTensor):
             dtype = dtype or data.dtype
             layout = layout or data._layout
             data = data.components
         if isinstance(data, torch.Tensor) or layout is None:
-            raise TypeError("a QuantizedTensor is made from components and a layout; use tuckaway.quantize(tensor)")
+            raise TypeError(
+                "a QuantizedTensor is made from components and a layout; use tuckaway.quantize(tensor)"
+            )
         shape = layout.logical_shape
         self = torch.Tensor._make_wrapper_subclass(
             cls,
@@ -78,7 +81,7 @@ class QuantizedTensor(torch.Tensor):
         self._keys = tuple(data)
         for key, tensor in data.items():
             setattr(self, f"_{key}", tensor)
-        return self  # type: ignore[no-any-return]
+        return self
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         """Everything happens in ``__new__``, where a wrapper's shape is fixed."""
@@ -115,7 +118,7 @@ class QuantizedTensor(torch.Tensor):
         """The scales in fp32, restored when they are nested: one a block of weights, or one a row for int8."""
         return format_of(self.format).absmax(self.components, self._layout)
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:  # type: ignore[override]
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the weight as a plain tensor, in ``dtype`` or the dtype torch sees."""
         with torch._C.DisableTorchFunctionSubclass():
             stored = format_of(self.format).dequantize(self.components, self._layout, dtype or self.dtype)
@@ -179,7 +182,7 @@ class QuantizedTensor(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub has it without cls and func
         cls,
         func: Any,
         types: Sequence[type],
@@ -190,7 +193,7 @@ class QuantizedTensor(torch.Tensor):
 
         return dispatch(func, args, dict(kwargs or {}))
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         nested = ", nested" if self._layout.nested else ""
         size = f", blocksize={self.blocksize}" if self.blocksize else ""
         return (
@@ -209,9 +212,7 @@ class QuantizedTensor(torch.Tensor):
         if id(self) in memo:
             return memo[id(self)]  # type: ignore[no-any-return]
         with torch.no_grad():
-            copy = self.apply_to_components(torch.clone)
-        if isinstance(self, torch.nn.Parameter):
-            copy = torch.nn.Parameter(copy, requires_grad=self.requires_grad)
+            copy = same_kind(self, self.apply_to_components(torch.clone))
         memo[id(self)] = copy
         return copy
 
@@ -220,12 +221,12 @@ class QuantizedTensor(torch.Tensor):
         return self.codes.data_ptr()
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]
         """Bytes of all components."""
         return sum(tensor.nbytes for tensor in self.components.values())
 
     def element_size(self) -> float:  # type: ignore[override]
-        """Bytes a weight, scales included: not whole, so that ``nelement() * element_size()`` is the truth."""
+        """Bytes of a weight with its share of the scales: a fraction, exact when multiplied by ``nelement()``."""
         return self.nbytes / max(self.numel(), 1)
 
     def share_memory_(self) -> QuantizedTensor:
@@ -254,6 +255,13 @@ class QuantizedTensor(torch.Tensor):
     def _stable_hash_for_caching(self) -> str:
         """Key of this tensor's kind in torch's compile cache."""
         return repr((self._layout, self.dtype, self._keys))
+
+
+def same_kind(tensor: QuantizedTensor, fresh: QuantizedTensor) -> QuantizedTensor:
+    """Return ``fresh``, as an ``nn.Parameter`` if ``tensor`` is one (which stays a QuantizedTensor)."""
+    if not isinstance(tensor, torch.nn.Parameter):
+        return fresh
+    return cast("QuantizedTensor", torch.nn.Parameter(fresh, requires_grad=tensor.requires_grad))
 
 
 def quantize(
@@ -287,7 +295,9 @@ def quantize(
         return QuantizedTensor(format_of(layout.format).quantize(stored, layout), layout)
 
 
-def layout_for(config: QuantizationConfig, stored_shape: Shape, dtype: torch.dtype, *, transposed: bool) -> Layout:
+def layout_for(
+    config: QuantizationConfig, stored_shape: Shape, dtype: torch.dtype, *, transposed: bool
+) -> Layout:
     """Return the layout that ``config`` gives a tensor of ``stored_shape``."""
     four_bit = config.format != "int8"
     return Layout(
@@ -314,7 +324,11 @@ def _strides(layout: Layout) -> list[int]:
 
 
 def _rebuild(
-    components: Components, fields: dict[str, Any], dtype: torch.dtype, is_parameter: bool, requires_grad: bool
+    components: Components,
+    fields: dict[str, Any],
+    dtype: torch.dtype,
+    is_parameter: bool,
+    requires_grad: bool,
 ) -> torch.Tensor:
     """Unpickle; registered with torch so that ``torch.load(weights_only=True)`` accepts it."""
     fields = {**fields, "shape": tuple(fields["shape"])}

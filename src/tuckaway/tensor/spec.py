@@ -50,7 +50,11 @@ class TensorSpec:
 
     def build(self, components: Components) -> torch.Tensor:
         """Make the tensor that a module holds, around the given components; nothing is copied."""
-        data = components[""] if self.layout is None else QuantizedTensor(components, self.layout, dtype=self.dtype)
+        data = (
+            components[""]
+            if self.layout is None
+            else QuantizedTensor(components, self.layout, dtype=self.dtype)
+        )
         if self.is_buffer:
             return data
         return torch.nn.Parameter(data, requires_grad=self.requires_grad and self.layout is None)
@@ -58,7 +62,8 @@ class TensorSpec:
     def empty(self, device: torch.device | str) -> Components:
         """Return uninitialized components on ``device``; on ``"meta"`` they take no memory."""
         return {
-            key: torch.empty(shape, dtype=dtype, device=device) for key, (shape, dtype) in self.components().items()
+            key: torch.empty(shape, dtype=dtype, device=device)
+            for key, (shape, dtype) in self.components().items()
         }
 
     @classmethod

@@ -1,0 +1,307 @@
+"""Paging to an accelerator: side streams, pinned memory, graphs. Every result is the resident model's, bit for bit."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from paging_models import Block, Net, make, page, quantize_linears, specs_of, tokens
+from tuckaway.config import QuantizationConfig
+from tuckaway.errors import PagingError
+from tuckaway.paging import PageHomes, materialize, paging_of, plan_pages
+from tuckaway.tensor import QuantizedTensor
+
+pytestmark = pytest.mark.gpu
+
+WIDTH = 512  # pages of 4 MB in fp32: a copy takes longer than the products before it
+
+MAPS = {
+    "cpu": {"": "cpu"},
+    "disk": {"": "disk"},
+    "mixed": {"": 0, "blocks": "cpu", "blocks.1": "disk", "blocks.4": 0, "blocks.5": "disk", "head": "cpu"},
+}
+FORMATS = (None, "nf4", "fp4", "int8")
+
+
+def build(format=None, model_class=Net, **options):
+    model = make(model_class, blocks=8, width=WIDTH, **options).to(torch.bfloat16)
+    if format is None:
+        return model
+    model = quantize_linears(model.to("cuda"), QuantizationConfig(format=format, compute_dtype=None))
+    return model
+
+
+def paged(tmp_path, device_map, format=None, **options):
+    return page(build(format), device_map, tmp_path, execution_device=0, **options)
+
+
+@pytest.fixture(params=list(MAPS))
+def device_map(request):
+    return MAPS[request.param]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_logits_are_the_resident_models(tmp_path, device_map, format):
+    resident, model = build(format).to("cuda"), paged(tmp_path, device_map, format)
+    with torch.no_grad():
+        for seed in range(4):
+            x = tokens(seed).to("cuda")
+            assert torch.equal(model(x), resident(x))
+            assert model(tokens(seed)).device.type == "cpu"  # back to where the input was
+    for name, parameter in model.named_parameters():
+        if paging_of(model).plan.page_of(name) is not None:
+            assert parameter.is_meta, name
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_hundreds_of_turns_never_mix_pages(tmp_path, device_map, slots):
+    """Nothing waits for the device in between, so every slot is overwritten while it could still be read."""
+    resident, model = build().to("cuda"), paged(tmp_path, device_map, slots=slots)
+    x = tokens().to("cuda")
+    orders = [None, [7, 6, 5, 4, 3, 2, 1, 0], [0, 0, 3, 0], [2, 5], None]
+    with torch.no_grad():
+        wants = []
+        for order in orders:
+            resident.order = order
+            wants.append(resident(x))
+        results = []
+        for round in range(25):
+            for order, want in zip(orders, wants, strict=True):
+                model.order = order
+                results.append((model(x), want, round, order))
+    torch.accelerator.synchronize()
+    for got, want, round, order in results:
+        assert torch.equal(got, want), (round, order)
+
+
+def test_a_slot_is_not_overwritten_while_a_slow_product_reads_it(tmp_path):
+    model, resident = paged(tmp_path, MAPS["cpu"], slots=1), build().to("cuda")
+    x = tokens().to("cuda")
+
+    def slow(module, args):
+        torch.cuda._sleep(5_000_000)  # some 3 ms before the block's first product
+
+    for either in (model, resident):
+        for block in either.blocks:
+            block.register_forward_pre_hook(slow)
+    with torch.no_grad():
+        want = resident(x)
+        for _ in range(5):
+            assert torch.equal(model(x), want)
+
+
+def test_forwards_on_several_streams(tmp_path):
+    model, resident = paged(tmp_path, MAPS["cpu"]), build().to("cuda")
+    inputs = [tokens(seed).to("cuda") for seed in range(3)]
+    with torch.no_grad():
+        wants = [resident(x) for x in inputs]
+        torch.accelerator.synchronize()
+        streams = [torch.cuda.Stream() for _ in inputs]
+        results = []
+        for _ in range(10):
+            for stream, x, want in zip(streams, inputs, wants, strict=True):
+                with torch.cuda.stream(stream):
+                    results.append((model(x), want))
+    torch.accelerator.synchronize()
+    assert all(torch.equal(got, want) for got, want in results)
+
+
+@pytest.mark.parametrize("format", [None, "nf4", "int8"])
+def test_training_through_paged_weights(tmp_path, device_map, format):
+    def gradients(model):
+        results = []
+        for seed in range(3):
+            x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(seed)).to(
+                "cuda", torch.bfloat16
+            )
+            x.requires_grad_()
+            y = x
+            for block in model.blocks:
+                y = block(y)
+            y.float().square().mean().backward()
+            results.append(x.grad)
+        return results
+
+    resident, model = build(format).to("cuda"), paged(tmp_path, device_map, format)
+    for got, want in zip(gradients(model), gradients(resident), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_frozen_paged_model_is_checkpointed(tmp_path, device_map):
+    from torch.utils.checkpoint import checkpoint
+
+    def gradient(model, reentrant):
+        x = torch.ones(4, WIDTH, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        y = x
+        for block in model.blocks:
+            y = checkpoint(block, y, use_reentrant=reentrant)
+        y.float().sum().backward()
+        return x.grad
+
+    resident, model = build().to("cuda"), paged(tmp_path, device_map)
+    for reentrant in (False, True):
+        assert torch.equal(gradient(model, reentrant), gradient(resident, reentrant))
+
+
+def test_memory_on_the_device_is_what_was_planned(tmp_path):
+    model = paged(tmp_path, MAPS["cpu"])
+    gc.collect()
+    torch.accelerator.synchronize()
+    before = torch.cuda.memory_allocated()
+    x = tokens().to("cuda")
+    with torch.no_grad():
+        model(x)
+    torch.accelerator.synchronize()
+    paging = paging_of(model)
+    assert paging.pager.nbytes == paging.plan.device_nbytes(2)
+    assert torch.cuda.memory_allocated() - before <= paging.plan.device_nbytes(2) + 2**22
+
+
+def test_the_arena_is_pinned_and_exact(tmp_path):
+    model = paged(tmp_path, MAPS["cpu"])
+    arena = paging_of(model).homes.arena
+    assert arena.pinned
+    assert arena.buffer.untyped_storage().nbytes() == paging_of(model).plan.arena_nbytes
+    assert arena.page(3).is_pinned()
+    address, page_ = arena.buffer.data_ptr(), arena.page(0)
+    paging_of(model).close()
+    assert page_.data_ptr() == address
+    assert not page_.is_pinned()
+
+
+def test_unpinned_memory_is_slower_but_right(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("tuckaway.paging.arena._register", lambda address, nbytes: False)
+    with caplog.at_level("WARNING", logger="tuckaway"):
+        model = paged(tmp_path, MAPS["mixed"])
+    assert "could not pin" in caplog.text
+    resident, x = build().to("cuda"), tokens().to("cuda")
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(model(x), resident(x))
+
+
+def test_a_dropped_model_leaves_no_copy_behind(tmp_path):
+    """Its slots' memory goes to others at once: a copy still on its way would write into theirs."""
+    x = tokens().to("cuda")
+    for _ in range(5):
+        model = paged(tmp_path, MAPS["cpu"])
+        with torch.no_grad():
+            model(x)
+        del model
+        gc.collect()
+        others = [torch.zeros(2**22, dtype=torch.uint8, device="cuda") for _ in range(8)]
+        torch.accelerator.synchronize()
+        assert not any(bool(other.any()) for other in others)
+
+
+@pytest.mark.parametrize("format", [None, "nf4"])
+def test_materialize(tmp_path, device_map, format):
+    resident, model = build(format).to("cuda"), paged(tmp_path, device_map, format)
+    x = tokens().to("cuda")
+    with torch.no_grad():
+        model(x)
+        assert materialize(model) is model
+        assert all(p.device.type == "cuda" for p in model.parameters())
+        assert isinstance(model.blocks[0].up.weight, QuantizedTensor) == (format is not None)
+        assert torch.equal(model(x), resident(x))
+        model.to("cpu")
+
+
+def test_weights_are_aligned_elsewhere(tmp_path):
+    from accelerate.utils import align_module_device
+
+    model, resident = paged(tmp_path, MAPS["disk"]), build()
+    with align_module_device(model.blocks[2].up, "cpu"):
+        assert torch.equal(model.blocks[2].up.weight, resident.blocks[2].up.weight)
+    with align_module_device(model.blocks[2].up):
+        assert model.blocks[2].up.weight.device.type == "cuda"
+        assert torch.equal(model.blocks[2].up.weight.cpu(), resident.blocks[2].up.weight)
+    assert model.blocks[2].up.weight.is_meta
+
+
+def test_a_forward_is_captured_in_a_graph(tmp_path):
+    resident, model = build("nf4"), paged(tmp_path, MAPS["cpu"], "nf4")
+    x = tokens().to("cuda")
+    with torch.no_grad():
+        for _ in range(3):
+            model(x)
+        torch.accelerator.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(x)
+        for seed in range(4):
+            x.copy_(tokens(seed).to("cuda"))
+            graph.replay()
+            eager = model(x)  # between replays: graphs have slots of their own
+            want = resident(x)
+            torch.accelerator.synchronize()
+            assert torch.equal(out, want)
+            assert torch.equal(eager, want)
+
+
+def test_disk_pages_are_not_captured(tmp_path):
+    model, x = paged(tmp_path, MAPS["disk"]), tokens().to("cuda")
+    with torch.no_grad():
+        model(x)
+        for slot in paging_of(model).pager.slots.all:  # what is read ahead would disturb any capture
+            paging_of(model).pager.transfer.wait(slot)
+        torch.accelerator.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with pytest.raises(PagingError, match="cannot be captured"), torch.cuda.graph(graph):
+            model(x)
+        torch.accelerator.synchronize()
+        assert torch.isfinite(model(x).float()).all()
+
+
+@pytest.mark.skipif(torch.accelerator.device_count() < 2, reason="needs two accelerators")
+def test_two_accelerators_and_pages(tmp_path):
+    device_map = {"": 0, "blocks.2": 1, "blocks.3": 1, "blocks.4": "cpu", "blocks.5": "disk", "norm": 1}
+    resident, model = build().to("cuda"), paged(tmp_path, device_map)
+    x = tokens().to("cuda")
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(model(x), resident(x))
+
+
+def test_copies_reach_the_bus(tmp_path):
+    """32 pages of 64 MiB with little to compute: at least half of what one plain copy of the arena reaches."""
+    model = Net.__new__(Net)
+    torch.nn.Module.__init__(model)
+    model.blocks = torch.nn.ModuleList(
+        Block(2048).to(torch.bfloat16).requires_grad_(False) for _ in range(32)
+    )
+    model.forward = lambda x: x
+    specs = specs_of(model)
+    plan = plan_pages(model, specs, {"": "cpu"}, execution_device=0)
+    homes = PageHomes.create(plan)
+    while homes.pin_step():
+        pass
+    arena = homes.arena.buffer[: 512 * 2**20]
+    target = torch.empty_like(arena, device="cuda")
+    plain = _seconds(lambda: target.copy_(arena, non_blocking=True)) / arena.numel()
+    homes.close()
+    model = page(model, {"": "cpu"}, execution_device=0)
+    x = torch.zeros(1, 2048, device="cuda", dtype=torch.bfloat16)
+
+    def forward():
+        with torch.no_grad():
+            for block in model.blocks:
+                block(x)
+
+    forward()
+    reached = _seconds(forward) / plan.arena_nbytes
+    assert reached < 2 * plain, f"{1e-9 / reached:.1f} of {1e-9 / plain:.1f} GB/s"
+
+
+def _seconds(work, times=5):
+    work()
+    torch.accelerator.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(times):
+        work()
+    end.record()
+    torch.accelerator.synchronize()
+    return start.elapsed_time(end) / 1e3 / times
