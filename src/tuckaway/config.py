@@ -59,7 +59,7 @@ class QuantizationConfig:
         skip_modules: names of modules that stay unquantized, with all below them. A name is a full dotted path
             or a trailing part of it on a dot's boundary (``"lm_head"``, ``"mlp.c_proj"``); wildcards ``*`` and ``?``
             match whole paths. ``None``: the output head and whatever is tied to it.
-        keep_in_fp32_modules: names, matched likewise, of modules whose unquantized parameters stay in fp32.
+        keep_in_fp32_modules: names, matched likewise, of modules that are not quantized and stay in fp32.
         quantize_embeddings: quantize ``nn.Embedding`` weights too.
 
     Raises:

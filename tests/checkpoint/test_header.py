@@ -318,10 +318,14 @@ def compare_with_safetensors(content: bytes) -> bool:
     """Whether ours accepts it: never another error than ours, never a file accepted that safetensors refuses."""
     length = int.from_bytes(content[:8], "little")
     path, identity = Path("fuzzed.safetensors"), FileIdentity(0, 0, len(content), 0)
+    refusal = None
     try:
         header = parse_header(content[8 : 8 + length], path, 8 + length, identity)
     except (HeaderError, TruncatedError) as error:
-        return "fuzzed.safetensors" not in str(error)
+        refusal = str(error)
+    if refusal is not None:
+        assert "fuzzed.safetensors" in refusal
+        return False
     theirs = dict(safetensors.deserialize(content))
     assert header.entries.keys() == theirs.keys()
     for name, entry in header.entries.items():

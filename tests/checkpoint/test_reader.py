@@ -226,7 +226,7 @@ def test_a_read_that_fails_surfaces_at_the_caller(checkpoint, expected, monkeypa
 
     monkeypatch.setattr(os, "preadv", failing)
     list(checkpoint.stream(piece_bytes=200))
-    for fail_at in range(1, count + 1):  # noqa: B007: the failing call reads it
+    for fail_at in range(1, count + 1):  # noqa: B007  (the failing call reads it)
         count = 0
         with pytest.raises(CheckpointError, match=r"cannot read '.*': Input/output error .*, byte \d+"):
             list(checkpoint.stream(piece_bytes=200))

@@ -112,6 +112,19 @@ def to_a_parameters_device() -> torch.Tensor:
     return big().to(dtype=torch.float16, device=layer.weight.device)
 
 
+def numbers_and_lists_as_indices_and_values() -> torch.Tensor:
+    x = big()
+    x[1, :] = 0
+    x[2, 3] = 2.5
+    x[[4, 5]] = 3
+    x[[6, 7], [8, 9]] = torch.tensor([1.5, 2.5])
+    x[torch.arange(10, 20)] = True
+    x[..., 50] = 7
+    x[x > 6] = -1
+    x[3] = x.new_tensor([0.5] * N)
+    return torch.where(x > 2, x, 0.25) + x[[1, 1] * (N // 2)]
+
+
 def resized() -> torch.Tensor:
     x = torch.zeros(N * N)
     x.resize_(N, N)
@@ -138,6 +151,7 @@ RECIPES = [
     complex_numbers,
     of_a_parameters_shape,
     to_a_parameters_device,
+    numbers_and_lists_as_indices_and_values,
     resized,
     as_lists,
 ]

@@ -9,6 +9,7 @@ from paging_models import make, quantize_linears, specs_of
 from tuckaway.config import QuantizationConfig
 from tuckaway.errors import StoreError, StoreStale
 from tuckaway.paging import PageHomes, plan_pages
+from tuckaway.paging import homes as module
 from tuckaway.tensor import QuantizedTensor, quantize
 
 MAP = {"": "cpu", "blocks": "disk"}
@@ -127,7 +128,7 @@ def test_memory_that_cannot_be_had_leaves_no_store(tmp_path, model, monkeypatch)
     def fail(*args, **kwargs):
         raise MemoryError
 
-    monkeypatch.setattr("tuckaway.paging.homes.Arena", fail)
+    monkeypatch.setattr(module, "Arena", fail)
     with pytest.raises(MemoryError):
         PageHomes.create(plan_of(model), offload_folder=tmp_path)
     assert list(tmp_path.iterdir()) == []

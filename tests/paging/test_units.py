@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from paging_models import Block, Net, make, specs_of
+from paging_models import Net, make, specs_of
 from tuckaway.errors import PlanError
 from tuckaway.paging.page import PageLayout
-from tuckaway.paging.units import as_device, is_called, plan_pages
+from tuckaway.paging.units import plan_pages
 
 
 def plan(model, device_map, **options):
@@ -209,19 +209,3 @@ def test_planning_changes_nothing():
     plan(model, {"": "disk"})
     assert {name: id(p) for name, p in model.named_parameters()} == before
     assert "_hf_hook" not in model.__dict__
-
-
-def test_devices_compare_equal():
-    assert as_device("cpu") == as_device(torch.device("cpu", 0)) == torch.device("cpu")
-    assert as_device("cuda:1") == torch.device("cuda", 1)
-    assert as_device("disk", torch.device("cuda", 1)) == torch.device("cuda", 1)
-    assert as_device("meta") == torch.device("meta")
-
-
-def test_who_is_called():
-    assert is_called(nn.Linear(1, 1))
-    assert is_called(nn.Sequential())
-    assert is_called(Block())
-    assert not is_called(nn.ModuleList())
-    assert not is_called(nn.ModuleDict())
-    assert not is_called(nn.ParameterList())

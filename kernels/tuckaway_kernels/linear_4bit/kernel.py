@@ -152,13 +152,14 @@ def gemv_kernel(
     SPLIT: tl.constexpr,
     BF16: tl.constexpr,
     FP4: tl.constexpr,
+    CHAINS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """x [M, cols] as int32 of two values; codes as int32 of eight; out [M, rows], or fp32 [SPLIT, M, rows] if SPLIT > 1.
 
     A program takes ROWS rows, and HALVES runs of 32 columns at a time, of the ``split_halves`` that are its share. HALVES is
     32 for each warp: a thread takes one run. Rows come one after the other, so that few registers hold decoded weights.
-    cols is a multiple of 32; rows, of ROWS.
+    CHAINS: 1, or 2 for fp16 sums half as long. cols is a multiple of 32; rows, of ROWS; M * ROWS is a power of two.
     """
     PER_BLOCK: tl.constexpr = BLOCKSIZE // 32
     first_row = tl.program_id(0) * ROWS
@@ -186,15 +187,21 @@ def gemv_kernel(
             scale = load_scale(scales, nested, offset, dynamic, (start + half) // PER_BLOCK, half_mask, NESTED)
             w0, w1, w2, w3 = four_words(words, HALVES)
             none = tl.zeros([HALVES], dtype=tl.int32)
-            sums = ()
-            for k in tl.static_range(M):
-                sums = sums + (none,)
-            sums = add_word(w0, a, sums, M, FP4, WIDE)
+            none_each = ()
+            for _ in tl.static_range(M):
+                none_each = none_each + (none,)
+            sums = add_word(w0, a, none_each, M, FP4, WIDE)
             sums = add_word(w1, b, sums, M, FP4, WIDE)
-            sums = add_word(w2, c, sums, M, FP4, WIDE)
-            sums = add_word(w3, d, sums, M, FP4, WIDE)
-            for k in tl.static_range(M):
-                updated = updated + (totals[r * M + k] + sum_of_pair(sums[k]) * (scale * backs[k]),)
+            if CHAINS == 2:
+                more = add_word(w3, d, add_word(w2, c, none_each, M, FP4, WIDE), M, FP4, WIDE)
+                for k in tl.static_range(M):
+                    part = sum_of_pair(sums[k]) + sum_of_pair(more[k])
+                    updated = updated + (totals[r * M + k] + part * (scale * backs[k]),)
+            else:
+                sums = add_word(w2, c, sums, M, FP4, WIDE)
+                sums = add_word(w3, d, sums, M, FP4, WIDE)
+                for k in tl.static_range(M):
+                    updated = updated + (totals[r * M + k] + sum_of_pair(sums[k]) * (scale * backs[k]),)
         totals = updated
     result = tl.sum(rows_together(totals, ROWS * M, HALVES), axis=0)
     index = tl.arange(0, ROWS * M)

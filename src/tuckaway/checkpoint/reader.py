@@ -123,9 +123,16 @@ def stream(
         CheckpointError: while iterating, a file was changed since its header was checked, or the disk failed.
 
     Example:
-        >>> checkpoint = Checkpoint.open("model.safetensors")  # doctest: +SKIP
-        >>> for piece in stream([Request(e) for e in checkpoint.entries.values()]):  # doctest: +SKIP
-        ...     out[piece.entry.name][piece.start : piece.start + len(piece.tensor)] = piece.tensor
+        >>> import safetensors.torch, tempfile
+        >>> from tuckaway.checkpoint import read_header
+        >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
+        >>> safetensors.torch.save_file({"w": torch.arange(5)}, path)
+        >>> entries = read_header(path).entries
+        >>> for piece in stream([Request(entry) for entry in entries.values()], piece_bytes=16):
+        ...     print(piece.entry.name, piece.start, piece.tensor.tolist(), piece.last)
+        w 0 [0, 1] False
+        w 2 [2, 3] False
+        w 4 [4] True
     """
     if piece_bytes < 1:
         raise ValueError(f"piece_bytes must be positive, not {piece_bytes}")
@@ -246,8 +253,6 @@ class _Source:
             self.path, self.entry = entry.path, entry
             if entry.identity is not None:
                 entry.identity.check(self.fd, entry.path)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # doubles the kernel's read-ahead
 
     def read(self, views: list[memoryview], offset: int, batch: _Batch) -> None:
         """Fill all views with what lies from ``offset`` on."""

@@ -203,13 +203,31 @@ class _Calls(TorchFunctionMode):
             if getattr(func, "__self__", None) is torch.Tensor.grad_fn:
                 if isinstance(first, nn.Parameter):
                     _registered(first, self.deferral)
-            elif getattr(func, "__name__", "") in _READERS:
-                with torch._C.DisableTorchFunction():
-                    self.deferral.make_real(first)
+            elif first.is_meta:
+                args, kwargs = self._with_values(getattr(func, "__name__", ""), first, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor) and result.is_meta and result is not first:
             self.deferral.watch(result)
         return result
+
+    def _with_values(
+        self, name: str, tensor: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Keep torch from losing values on the way: what it makes of lists goes where ``tensor`` seems to be."""
+        if name in _READERS:
+            with torch._C.DisableTorchFunction():
+                self.deferral.make_real(tensor)
+        elif name in ("__getitem__", "__setitem__"):
+            args = (tensor, _index(args[1]), *args[2:])
+        elif name == "new_tensor" and kwargs.get("device") is None and _thread.settings[-1].defers:
+            kwargs = {**kwargs, "device": "cpu"}
+        return args, kwargs
+
+
+def _index(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_index, value))
+    return torch.tensor(value) if isinstance(value, list) else value
 
 
 def _registered(parameter: nn.Parameter, deferral: Deferral) -> None:

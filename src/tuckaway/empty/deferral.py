@@ -89,6 +89,8 @@ class Deferral:
     ) -> Any:
         size = args[0] if args and isinstance(args[0], list | tuple) else None
         small = not stays and size is not None and math.prod(size) < SMALL
+        if defer and function is aten.scalar_tensor.default:
+            kwargs = {**kwargs, "device": torch.device("cpu")}  # the 0 of x[1] = 0, made where x seems to be
         if small or not defer or kwargs.get("device") == _META:
             return self._noted(function(*args, **kwargs))
         try:

@@ -73,7 +73,8 @@ def load_and_quantize_model(
         device_map: ``None`` (everything on the GPU, or on the CPU where there is none), ``"auto"``, ``"balanced"``,
             ``"balanced_low_0"``, ``"sequential"``, ``"cpu"``, or a dict of module names to a GPU's number, ``"cpu"``
             or ``"disk"``. Blocks on ``"cpu"`` and ``"disk"`` are paged onto the executing device for their turn.
-        no_split_module_classes: class names of modules that must lie on one device, such as decoder layers.
+        no_split_module_classes: class names of modules that must lie on one device, such as decoder layers. ``None``:
+            those that a transformers model names itself.
         max_memory: bytes a device may take, by device (``{0: "2GB", "cpu": "16GB"}``), for the named maps.
         offload_folder: folder for what is placed on disk.
         offload_state_dict: accepted as accelerate has it; loading never holds a state dict in memory.
@@ -222,6 +223,8 @@ def run(
     own_config: bool = True,
 ) -> nn.Module:
     """Do the whole job; ``checkpoint=None`` takes the weights that the model has. The public functions call this."""
+    if no_split_module_classes is None:
+        no_split_module_classes = sorted(getattr(model, "_no_split_modules", None) or ())
     wanted, reasons = choose_specs(model, config, dtype=dtype, strict=own_config)
     groups = tied_groups(model)
     match = _match(model, checkpoint, wanted, groups, config, strict=strict)
@@ -248,7 +251,7 @@ def run(
         specs,
         placement,
         execution_device=executing,
-        no_split_module_classes=no_split_module_classes or (),
+        no_split_module_classes=no_split_module_classes,
         offload_buffers=offload_buffers,
         ties=groups,
     )

@@ -45,7 +45,7 @@ class Arena:
     Example:
         >>> arena = Arena([PageLayout([(("w", ""), (4,), torch.float32)])], pin=False)
         >>> arena.page(0).shape, arena.nbytes
-        (torch.Size([256]), 256)
+        (torch.Size([256]), 4096)
     """
 
     def __init__(self, layouts: Sequence[PageLayout], *, pin: bool | None = None) -> None:

@@ -18,12 +18,13 @@ from accelerate.hooks import AlignDevicesHook
 from torch import nn
 
 from tuckaway.errors import PagingError
+from tuckaway.paging.binding import Page
 from tuckaway.paging.inputs import first_device, move, wants_grad
-from tuckaway.paging.pager import Page, Turn
+from tuckaway.paging.pager import Turn
 from tuckaway.paging.units import as_device
 
 if TYPE_CHECKING:
-    from tuckaway.paging.attach import Paging
+    from tuckaway.paging.state import Paging
 
 __all__ = ["PageHook", "PagedWeights"]
 

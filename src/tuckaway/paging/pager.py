@@ -7,90 +7,25 @@ skipped blocks, branches, early exits, and the first block of the next token aft
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import torch
-from torch import nn
 
 from tuckaway.errors import PagingError
-from tuckaway.formats import Components
+from tuckaway.paging.binding import Page
 from tuckaway.paging.homes import PageHomes
 from tuckaway.paging.slots import Slot, Slots, device_memory
 from tuckaway.paging.transfer import Transfer
-from tuckaway.paging.units import PageUnit
-from tuckaway.tensor import TensorSpec
 
-__all__ = ["Binding", "Page", "Pager", "Turn"]
+__all__ = ["Pager", "Turn"]
 
 logger = logging.getLogger("tuckaway")
 
 
 _AHEAD, _WRONG = 0, -1
 """Ticks of a slot that was filled ahead of its page's turn, and of one whose guess went wrong."""
-
-
-class Binding:
-    """One place in a module where a paged tensor shows while its page is in."""
-
-    __slots__ = ("attribute", "away", "module", "name", "tensors")
-
-    def __init__(
-        self, module: nn.Module, attribute: str, name: str, is_buffer: bool, away: torch.Tensor
-    ) -> None:
-        self.module = module
-        self.attribute = attribute
-        self.name = name
-        self.tensors: dict[str, Any] = module._buffers if is_buffer else module._parameters
-        self.away = away
-
-
-class Page:
-    """A page of a running model.
-
-    Attributes:
-        unit: what it holds.
-        specs: form of each of its tensors.
-        bindings: where they show.
-        users: forwards that read its slot now.
-        turns: forwards that it is bound for now, with a slot or without.
-        slot: where it is, or is being brought; None when it is only at home.
-        own: bound tensors have storage of their own.
-        gone: it was taken out of paging for good.
-    """
-
-    __slots__ = ("bindings", "gone", "own", "slot", "specs", "turns", "unit", "users")
-
-    def __init__(self, unit: PageUnit, specs: Mapping[str, TensorSpec], bindings: Iterable[Binding]) -> None:
-        self.unit = unit
-        self.specs = {name: specs[name] for name in unit.tensors}
-        self.bindings = list(bindings)
-        self.users = 0
-        self.turns = 0
-        self.slot: Slot | None = None
-        self.own = False
-        self.gone = False
-
-    def build(self, buffer: torch.Tensor, *, with_grad: bool) -> tuple[torch.Tensor, ...]:
-        """Make the tensors of every binding as views of ``buffer``; ties stay ties."""
-        with torch.inference_mode(False), torch.no_grad():
-            views = self.unit.layout.views(buffer)
-            parts: dict[str, Components] = {}
-            for (name, component), view in views.items():
-                parts.setdefault(name, {})[component] = view
-            built = {}
-            for binding in self.bindings:
-                if binding.name not in built:
-                    wants = with_grad and binding.away.requires_grad
-                    spec = dataclasses.replace(self.specs[binding.name], requires_grad=wants)
-                    tensor = spec.build(parts[binding.name])
-                    if wants:
-                        _guard(tensor, binding.name)
-                    built[binding.name] = tensor
-            return tuple(built[binding.name] for binding in self.bindings)
 
 
 class Turn:
@@ -365,15 +300,3 @@ class Pager:
             self.slots.clear()
             self._own_slots.clear()
             self._captured.clear()
-
-
-def _guard(parameter: torch.Tensor, name: str) -> None:
-    """Make a gradient that would be lost with the page an error, instead of training that does nothing."""
-
-    def refuse(_: torch.Tensor) -> None:
-        raise PagingError(
-            f"{name!r} is paged and would lose its gradient",
-            hint="freeze it (requires_grad_(False)) or map its module to the execution device",
-        )
-
-    parameter.register_hook(refuse)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from tuckaway.paging.pager import Page
+    from tuckaway.paging.binding import Page
 
 __all__ = ["Slot", "Slots", "device_memory"]
 

@@ -14,13 +14,12 @@ as it is, a store of another one is never touched.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import logging
 import os
 import threading
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,16 +27,24 @@ from typing import Any
 import torch
 
 from tuckaway import files
-from tuckaway.errors import ChecksumError, StoreBusy, StoreCorrupt, StoreError, StoreStale
+from tuckaway.errors import ChecksumError, StoreBusy, StoreCorrupt, StoreError
+from tuckaway.paging.manifest import (
+    ANOTHER,
+    MANIFEST,
+    REMOVE,
+    VERSION,
+    fingerprint_of,
+    read_manifest,
+    refuse_foreign,
+)
 from tuckaway.paging.page import PageItem, PageLayout
 
 __all__ = ["Store"]
 
 logger = logging.getLogger("tuckaway")
 
-_VERSION = 1
 _FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-_DATA, _MANIFEST, _LOCK = "pages.bin", "manifest.json", "tuckaway.lock"
+_DATA, _LOCK = "pages.bin", "tuckaway.lock"
 _CHUNK = 8 * 2**20
 """Bytes a thread reads at once: a page cache gives 6 GB/s to one thread and 19 to four."""
 _THREADS = 4
@@ -98,21 +105,21 @@ class Store:
         """
         path = files.make_folder(folder)
         lock = files.FolderLock(path / _LOCK)
-        store = cls(path, layouts, _fingerprint(layouts, identity), lock)
+        store = cls(path, layouts, fingerprint_of(layouts, identity), lock)
         try:
             alone = lock.acquire(shared=False)
             if not alone and not lock.acquire(shared=True):
-                raise StoreBusy("another process is writing to the offload folder", where=path, hint=_ANOTHER)
-            manifest = _read_manifest(path)
+                raise StoreBusy("another process is writing to the offload folder", where=path, hint=ANOTHER)
+            manifest = read_manifest(path)
             if manifest is not None and manifest.get("fingerprint") == store.fingerprint:
                 store._reopen(manifest)
                 lock.acquire(shared=True)
             elif not alone:
                 raise StoreBusy(
-                    "another process uses the offload folder for other weights", where=path, hint=_ANOTHER
+                    "another process uses the offload folder for other weights", where=path, hint=ANOTHER
                 )
             else:
-                _refuse_foreign(path, manifest)
+                refuse_foreign(path, manifest)
                 store._begin()
         except BaseException:
             store.close()
@@ -127,26 +134,26 @@ class Store:
             ]
         except (KeyError, TypeError, ValueError) as error:
             raise StoreCorrupt(
-                f"unreadable manifest: {error!r}", where=self.folder / _MANIFEST, hint=_REMOVE
+                f"unreadable manifest: {error!r}", where=self.folder / MANIFEST, hint=REMOVE
             ) from error
         if not sound:
             raise StoreCorrupt(
-                "the manifest describes other pages", where=self.folder / _MANIFEST, hint=_REMOVE
+                "the manifest describes other pages", where=self.folder / MANIFEST, hint=REMOVE
             )
         try:
             self._fd = os.open(self.path, os.O_RDONLY | _FLAGS)
         except OSError as error:
             raise StoreCorrupt(
-                f"cannot open the pages: {error.strerror}", where=self.path, hint=_REMOVE
+                f"cannot open the pages: {error.strerror}", where=self.path, hint=REMOVE
             ) from error
         size = os.fstat(self._fd).st_size
         if size != self.nbytes:
-            raise StoreCorrupt(f"{size} bytes instead of {self.nbytes}", where=self.path, hint=_REMOVE)
+            raise StoreCorrupt(f"{size} bytes instead of {self.nbytes}", where=self.path, hint=REMOVE)
         self._identity = self._look()
         self.reusable = True
 
     def _begin(self) -> None:
-        files.remove(self.folder / _MANIFEST)
+        files.remove(self.folder / MANIFEST)
         files.remove(self.path)
         try:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, 0o666)
@@ -204,7 +211,7 @@ class Store:
             checksums.append(row)
         content = {
             "about": "tuckaway pages",
-            "version": _VERSION,
+            "version": VERSION,
             "fingerprint": self.fingerprint,
             "nbytes": self.nbytes,
             "starts": self._starts,
@@ -212,7 +219,7 @@ class Store:
             "checksums": checksums,
         }
         files.sync(self._fd, self.path)
-        files.write_atomically(self.folder / _MANIFEST, json.dumps(content).encode())
+        files.write_atomically(self.folder / MANIFEST, json.dumps(content).encode())
         self._checksums = checksums
         self._identity = self._look()
         self.reusable = True
@@ -229,14 +236,12 @@ class Store:
         if not self._rewritten:
             if not self._lock.acquire(shared=False):
                 self._lock.acquire(shared=True)
-                raise StoreBusy(
-                    "others use the store that is to be changed", where=self.folder, hint=_ANOTHER
-                )
+                raise StoreBusy("others use the store that is to be changed", where=self.folder, hint=ANOTHER)
             fd = os.open(self.path, os.O_RDWR | _FLAGS)
             if not os.path.samestat(os.fstat(fd), os.fstat(self._fd)):
                 os.close(fd)
-                raise StoreCorrupt("the file was replaced by another", where=self.path, hint=_REMOVE)
-            files.remove(self.folder / _MANIFEST)
+                raise StoreCorrupt("the file was replaced by another", where=self.path, hint=REMOVE)
+            files.remove(self.folder / MANIFEST)
             os.close(self._fd)
             self._fd, self._rewritten = fd, True
         data = _bytes(source := tensor.contiguous())
@@ -294,7 +299,7 @@ class Store:
         got = files.read_at(self._fd, view, offset, self.path)
         if got != len(view):
             raise StoreCorrupt(
-                "the file ends too early", where=f"{self.path}, byte {offset + got}", hint=_REMOVE
+                "the file ends too early", where=f"{self.path}, byte {offset + got}", hint=REMOVE
             )
 
     def _read_checksum(self, index: int, item: PageItem) -> int:
@@ -308,7 +313,7 @@ class Store:
             raise ChecksumError(
                 f"the bytes of {item.key[0]!r} changed on disk",
                 where=f"{self.path}, byte {self._starts[index] + item.offset}",
-                hint=_REMOVE,
+                hint=REMOVE,
             )
 
     def _item_at(self, index: int, offset: int, nbytes: int) -> int:
@@ -350,49 +355,6 @@ class Store:
         if not self.reusable and self._fd >= 0:
             files.remove(self.path)
         self.close()
-
-
-_ANOTHER = "wait for it to end or choose another offload_folder"
-_REMOVE = "remove the offload folder and load the model again"
-
-
-def _fingerprint(layouts: Iterable[PageLayout], identity: str) -> str:
-    """Hash of everything that decides which byte lies where and what it means."""
-    digest = hashlib.sha256(f"tuckaway {_VERSION} {identity or os.urandom(16).hex()}\n".encode())
-    for layout in layouts:
-        for item in layout.items:
-            digest.update(f"{item.key} {item.shape} {item.dtype} {item.offset}\n".encode())
-        digest.update(b"\n")
-    return ("" if identity else "once-") + digest.hexdigest()
-
-
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads((folder / _MANIFEST).read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise StoreCorrupt(f"unreadable manifest: {error}", where=folder / _MANIFEST, hint=_REMOVE) from error
-    if not isinstance(content, dict) or content.get("about") != "tuckaway pages":
-        raise StoreStale("a manifest that is none of tuckaway's", where=folder / _MANIFEST, hint=_EMPTY)
-    return content
-
-
-_EMPTY = "give an empty offload_folder, or remove this one if nothing needs it"
-
-
-def _refuse_foreign(folder: Path, manifest: dict[str, Any] | None) -> None:
-    """Leave alone what belongs to somebody else."""
-    # weights that were in no file are never used again, so their pages are nobody's loss
-    if manifest is not None and not str(manifest.get("fingerprint", "")).startswith("once-"):
-        raise StoreStale(
-            "the offload folder holds another model, or this one in another format", where=folder, hint=_EMPTY
-        )
-    names = {entry.name for entry in os.scandir(folder)}
-    if "index.json" in names or any(name.endswith(".dat") for name in names):
-        raise StoreStale(
-            "the offload folder holds weights that accelerate offloaded", where=folder, hint=_EMPTY
-        )
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
