@@ -7,7 +7,7 @@ accelerate's ``BnbQuantizationConfig``, transformers' ``BitsAndBytesConfig`` and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,17 +89,22 @@ class QuantizationConfig:
         size = self.blocksize
         if isinstance(size, bool) or not isinstance(size, int) or not 32 <= size <= 4096 or size & (size - 1):
             raise ConfigError(f"blocksize cannot be {size!r}", hint="use a power of two from 32 to 4096")
-        if self.int8_threshold is not None and not self.int8_threshold >= 0:
-            raise ConfigError(
-                f"int8_threshold cannot be {self.int8_threshold!r}", hint="use 0.0 or more, or None"
-            )
+        threshold = self.int8_threshold
+        if threshold is not None and not (_is_number(threshold) and threshold >= 0):
+            raise ConfigError(f"int8_threshold cannot be {threshold!r}", hint="use 0.0 or more, or None")
+        for name in ("nested", "quantize_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         for name in ("skip_modules", "keep_in_fp32_modules"):
             value = getattr(self, name)
             if value is None:
                 continue
-            if isinstance(value, str) or not all(isinstance(v, str) for v in value):
+            if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
                 raise ConfigError(f"{name} must be a list of names, not {value!r}")
-            object.__setattr__(self, name, tuple(value))
+            value = tuple(value)
+            if not all(isinstance(v, str) for v in value):
+                raise ConfigError(f"{name} must be a list of names, not {value!r}")
+            object.__setattr__(self, name, value)
         object.__setattr__(self, "compute_dtype", as_dtype(self.compute_dtype, "compute_dtype"))
         object.__setattr__(self, "dtype", as_dtype(self.dtype, "dtype"))
 
@@ -144,6 +149,13 @@ class QuantizationConfig:
             if isinstance(config, Mapping)
             else lambda key, default=None: getattr(config, key, default)
         )
+        method = read("quant_method")
+        method = getattr(method, "value", method)  # transformers' is an enumeration
+        if method not in (None, "bitsandbytes"):
+            raise ConfigError(
+                f"weights quantized by {method!r} are not known",
+                hint="take a checkpoint that is plain or quantized by tuckaway or bitsandbytes",
+            )
         four, eight = bool(read("load_in_4bit")), bool(read("load_in_8bit"))
         if four == eight:
             if not four and read("load_in_4bit") is None:
@@ -168,7 +180,11 @@ class QuantizationConfig:
             if four
             else as_dtype(dtype, "torch_dtype") or torch.float16,
             dtype=as_dtype(dtype, "torch_dtype"),
-            int8_threshold=6.0 if threshold is None else float(threshold),
+            int8_threshold=6.0 if threshold is None else threshold,
             skip_modules=skip,
             keep_in_fp32_modules=read("keep_in_fp32_modules"),
         )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

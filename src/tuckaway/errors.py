@@ -176,7 +176,7 @@ class LoadOutOfMemoryError(TuckawayError, MemoryError):
 def nearest_names(name: str, candidates: Iterable[str], limit: int = 3) -> str:
     """Name what a misspelt ``name`` may have meant, ready to end a message; empty when nothing is close.
 
-    >>> nearest_names("lm_haed.weight", ["lm_head.weight", "wte.weight"])
+    >>> nearest_names("lm_haed.weight", ["lm_head.weight", "h.0.ln_1.bias"])
     "did you mean 'lm_head.weight'?"
     """
     close = get_close_matches(name, list(candidates), n=limit, cutoff=0.6)

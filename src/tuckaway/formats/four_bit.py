@@ -179,28 +179,15 @@ class FourBit(Format):
         if key not in entries or name not in entries:
             return None
         state = _read_state(key, read)
-        try:
-            nested = "nested_offset" in state
-            layout = Layout(
-                format=self.name,
-                shape=tuple(int(n) for n in state["shape"]),  # type: ignore[attr-defined]
-                dtype=getattr(torch, str(state["dtype"])),
-                blocksize=int(state["blocksize"]),  # type: ignore[call-overload]
-                nested=nested,
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"unreadable quantization state: {error!r}", where=key) from error
-        if nested and state.get("nested_blocksize") != NESTED_BLOCKSIZE:
-            raise CheckpointError(
-                f"nested scales in groups of {state.get('nested_blocksize')}, not {NESTED_BLOCKSIZE}",
-                where=key,
-            )
+        layout = _read_layout(key, self.name, state)
+        nested = layout.nested
         sources = {"codes": name, "absmax": f"{name}.absmax"}
         values: Components = {}
         maps = {f"{name}.quant_map": _stored_map(self.name)}
         if nested:
             sources["nested_absmax"] = f"{name}.nested_absmax"
-            values["nested_offset"] = torch.tensor(state["nested_offset"], dtype=torch.float32)
+            offset = _field(key, state, "nested_offset", float, int)
+            values["nested_offset"] = torch.tensor(offset, dtype=torch.float32)
             maps[f"{name}.nested_quant_map"] = dynamic_map(_CPU)
         self._check(key, layout, sources, entries)
         for map_name, expected in maps.items():
@@ -216,15 +203,14 @@ class FourBit(Format):
                 raise CheckpointError(f"{source!r} is missing beside the quantization state", where=key)
             entry, (shape, dtype) = entries[source], specs[component]
             # codes may be stored as any dtype (quant_storage): the bytes are the same
-            size = math.prod(entry.shape) * (entry.dtype.itemsize if component == "codes" else 1)
-            padded = (
-                math.ceil(shape[0] / entry.dtype.itemsize) * entry.dtype.itemsize
-                if component == "codes"
-                else shape[0]
-            )
-            if size not in {shape[0], padded} or (
-                component != "codes" and dtype == torch.uint8 and entry.dtype != dtype
-            ):
+            if component == "codes":
+                size, item = math.prod(entry.shape) * entry.dtype.itemsize, entry.dtype.itemsize
+                fits = size in {shape[0], math.ceil(shape[0] / item) * item}
+            else:
+                # old checkpoints have scales in 16 bits: they are cast
+                like = entry.dtype == dtype or (dtype.is_floating_point and entry.dtype.is_floating_point)
+                fits = math.prod(entry.shape) == shape[0] and like
+            if not fits:
                 raise CheckpointError(
                     f"{list(entry.shape)} {entry.dtype} does not hold the {component} of {list(layout.shape)} weights",
                     where=source,
@@ -263,10 +249,36 @@ def _state_key(name: str, format: str) -> str:
     return f"{name}.quant_state.bitsandbytes__{format}"
 
 
-def _read_state(key: str, read: Callable[[str], torch.Tensor]) -> dict[str, object]:
+def _read_layout(key: str, format: str, state: dict[str, Any]) -> Layout:
+    shape, blocksize = _field(key, state, "shape", list), _field(key, state, "blocksize", int)
+    if not all(type(n) is int and n >= 0 for n in shape):
+        raise CheckpointError(f"unreadable quantization state: shape {shape!r}", where=key)
+    if blocksize < 2 or blocksize & (blocksize - 1):
+        raise CheckpointError(f"unreadable quantization state: blocksize {blocksize!r}", where=key)
+    if state.get("quant_type", format) != format:
+        raise CheckpointError(f"a quantization state of {state['quant_type']!r}", where=key)
+    dtype = getattr(torch, _field(key, state, "dtype", str), None)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise CheckpointError(f"unreadable quantization state: dtype {state['dtype']!r}", where=key)
+    nested = "nested_offset" in state
+    if nested and state.get("nested_blocksize") != NESTED_BLOCKSIZE:
+        raise CheckpointError(
+            f"nested scales in groups of {state.get('nested_blocksize')}, not {NESTED_BLOCKSIZE}", where=key
+        )
+    return Layout(format=format, shape=tuple(shape), dtype=dtype, blocksize=blocksize, nested=nested)
+
+
+def _field(key: str, state: dict[str, Any], name: str, *types: type) -> Any:
+    value = state.get(name)
+    if type(value) not in types:
+        raise CheckpointError(f"unreadable quantization state: {name} is {value!r}", where=key)
+    return value
+
+
+def _read_state(key: str, read: Callable[[str], torch.Tensor]) -> dict[str, Any]:
     try:
         state = json.loads(bytes(read(key).tolist()))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"unreadable quantization state: {error}", where=key) from error
     if not isinstance(state, dict):
         raise CheckpointError("the quantization state is no JSON object", where=key)

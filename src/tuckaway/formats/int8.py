@@ -114,9 +114,10 @@ class Int8(Format):
         if scales not in entries:
             return None
         layout = Layout(format=self.name, shape=tuple(entry.shape), dtype=torch.float16)
-        if math.prod(entries[scales].shape) != layout.rows:
+        found = entries[scales]
+        if math.prod(found.shape) != layout.rows or not found.dtype.is_floating_point:
             raise CheckpointError(
-                f"{list(entries[scales].shape)} scales for {layout.rows} rows", where=scales
+                f"{list(found.shape)} {found.dtype} does not hold the scales of {layout.rows} rows", where=scales
             )
         if kind in entries and int(read(kind)) != 0:
             raise CheckpointError(

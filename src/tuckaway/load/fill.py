@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 
 import torch
 
@@ -62,8 +63,9 @@ def fill(
             requests.append(Request(entry, *_piece_rules(feed)))
     fillings: dict[tuple[str, ...], _Filling] = {}
     sinks: dict[str, Sink] = {}
-    with torch.no_grad():
-        for piece in stream(requests, piece_bytes=piece_bytes, progress=progress):
+    # closed at once when a sink fails: the traceback would keep the file and the thread that reads ahead
+    with torch.no_grad(), closing(stream(requests, piece_bytes=piece_bytes, progress=progress)) as pieces:
+        for piece in pieces:
             name = piece.entry.name
             feed, component = owner[name]
             filling = fillings.get(feed.names)

@@ -128,6 +128,10 @@ class TransposedSink(QuantizeSink):
         source = piece.view(-1, *self.shape[-2:])
         _, cols, rows = source.shape  # the source is [cols, rows], the stored tensor [rows, cols]
         step = strip_rows(rows, cols, self.align)
+        if len(source) > 1 and rows * cols % self.align:
+            # a block runs on into the next matrix
+            self.quantizer.write(0, source.transpose(1, 2).to(self.dtype).reshape(-1))
+            return
         for index, matrix in enumerate(source):
             for row in range(0, rows, step):
                 strip = matrix[:, row : row + step].t().to(self.dtype).contiguous()
