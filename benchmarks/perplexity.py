@@ -59,6 +59,22 @@ def bitsandbytes_int8(weight: torch.Tensor) -> torch.Tensor:
     return codes.float() * (scales.view(-1, 1) * (1 / 127))
 
 
+def llm_int8(folder: Path) -> torch.nn.Module:
+    """Return the model with bitsandbytes' own LLM.int8() modules in place of the projections."""
+    import bitsandbytes as bnb
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            new = bnb.nn.Linear8bitLt(
+                module.in_features, module.out_features, bias=False, has_fp16_weights=False, threshold=6.0
+            )
+            new.weight = bnb.nn.Int8Params(module.weight.half(), requires_grad=False, has_fp16_weights=False)
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, new.to("cpu"))
+    return model
+
+
 @torch.no_grad()
 def perplexity(model: torch.nn.Module, tokens: torch.Tensor) -> float:
     """Return exp of the mean cross-entropy over windows, each predicted from its own beginning."""
@@ -88,6 +104,7 @@ def main() -> None:
         "fp32": lambda: through(folder, None),
         "int8 / bitsandbytes": lambda: through(folder, bitsandbytes_int8),
         "int8 / tuckaway, weight-only": lambda: ours(folder, format="int8", int8_threshold=None),
+        "int8 / bitsandbytes, threshold 6": lambda: llm_int8(folder),
         "int8 / tuckaway, threshold 6": lambda: ours(folder, format="int8", int8_threshold=6.0),
         "nf4 / bitsandbytes": lambda: through(folder, bitsandbytes_4bit("nf4", False)),
         "nf4 / tuckaway": lambda: ours(folder, format="nf4", nested=False),

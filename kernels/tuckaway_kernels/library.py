@@ -44,3 +44,65 @@ def define(
         for key in TRITON_KEYS:
             LIBRARY.impl(name, triton, key)
     torch.library.register_fake(f"tuckaway::{name}", fake, lib=LIBRARY)
+
+
+def differentiable(
+    name: str,
+    setup: Callable[[Any, tuple[Any, ...]], None],
+    backward: Callable[..., tuple[Any, ...]],
+    *,
+    reference: Callable[..., torch.Tensor],
+    triton: Callable[..., torch.Tensor] | None = None,
+) -> None:
+    """Give the op ``name`` a gradient.
+
+    ``torch.library.register_autograd`` would do, at tens of us a call even where no gradient is wanted: it goes through
+    the dispatcher a second time. Here such a call goes straight to the implementation, unless something below autograd
+    (a fake tensor, a tracer, a mode) wants to see the op.
+
+    Args:
+        name: of an op that `define` registered, with positional arguments without defaults and one result.
+        setup: ``setup(ctx, inputs)`` keeps what ``backward`` needs.
+        backward: ``backward(ctx, grad)`` returns one gradient (or None) for each input.
+        reference: as given to `define`.
+        triton: as given to `define`.
+    """
+    op = getattr(torch.ops.tuckaway, name).default
+    after: Any = torch._C._after_autograd_keyset
+    direct = {_key_bits(torch._C.DispatchKey.CPU): reference}
+    if triton is not None and has_triton():
+        direct |= {_key_bits(getattr(torch._C.DispatchKey, key)): triton for key in TRITON_KEYS}
+    # every plain tensor has the first two of these, which do nothing for an op that writes to none of its inputs
+    seen = after.raw_repr()
+    for key in (torch._C.DispatchKey.ADInplaceOrView, torch._C.DispatchKey.BackendSelect):
+        seen &= ~_key_bits(key)
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            # the key set comes last: ctx.needs_input_grad[i] is then about input i
+            *inputs, keyset = arguments
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op.redispatch(keyset & after, *inputs)
+            setup(ctx, tuple(inputs))
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> Any:
+            return *backward(ctx, grad), None
+
+    def autograd(keyset: Any, *inputs: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return Differentiable.apply(*inputs, keyset)  # type: ignore[no-untyped-call]
+        with torch._C._AutoDispatchBelowAutograd():
+            implementation = direct.get(keyset.raw_repr() & seen)
+            if implementation is not None:
+                return implementation(*inputs)
+            return op.redispatch(keyset & after, *inputs)
+
+    LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def _key_bits(key: Any) -> int:
+    bits: int = torch._C.DispatchKeySet(key).raw_repr()
+    return bits

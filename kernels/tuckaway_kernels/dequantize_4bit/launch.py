@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
 from tuckaway_kernels.codebooks import check_4bit, check_dtype, codebook
 from tuckaway_kernels.dequantize_4bit import reference
-from tuckaway_kernels.launching import has_ptx, on_device
+from tuckaway_kernels.launching import Launch, has_ptx
 from tuckaway_kernels.library import define
 
 TILE = 4096
@@ -39,21 +40,20 @@ def launch_out(
     check_4bit(format, blocksize, out.dtype, n, codes, absmax, out)
     if n == 0:
         return
+    _prepared(n, blocksize)(codes, absmax, out, codebook(format, out.device))
+
+
+@lru_cache(maxsize=1024)
+def _prepared(n: int, blocksize: int) -> Launch:
     from tuckaway_kernels.dequantize_4bit.kernel import dequantize_4bit_kernel
 
-    with on_device(out):
-        dequantize_4bit_kernel[(-(-n // TILE),)](
-            codes,
-            absmax,
-            out,
-            codebook(format, out.device),
-            n,
-            BLOCKSIZE=blocksize,
-            BLOCKS=TILE // blocksize,
-            EVEN=n % TILE == 0,
-            PTX=has_ptx(),
-            num_warps=WARPS,
-        )
+    constants = {
+        "BLOCKSIZE": blocksize,
+        "BLOCKS": TILE // blocksize,
+        "EVEN": n % TILE == 0,
+        "PTX": has_ptx(),
+    }
+    return Launch(dequantize_4bit_kernel, (-(-n // TILE), 1, 1), (n,), constants, warps=WARPS)
 
 
 def _fake(

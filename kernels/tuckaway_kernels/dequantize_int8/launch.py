@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from tuckaway_kernels.codebooks import check_dtype
 from tuckaway_kernels.dequantize_int8 import reference
-from tuckaway_kernels.launching import on_device
+from tuckaway_kernels.launching import Launch
 from tuckaway_kernels.library import define
 
 TILE = 4096
@@ -27,26 +29,20 @@ def launch_out(codes: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> 
     reference.check_int8_codes(codes, absmax, out)
     if codes.numel() == 0:
         return
+    columns = codes.shape[-1]
+    _prepared(codes.numel() // columns, columns)(codes, absmax, out)
+
+
+@lru_cache(maxsize=1024)
+def _prepared(rows: int, columns: int) -> Launch:
     from tuckaway_kernels.dequantize_int8.kernel import dequantize_int8_kernel
 
-    columns = codes.shape[-1]
-    rows = codes.numel() // columns
     width = min(1 << (columns - 1).bit_length(), TILE)
     height = TILE // width
     across = -(-columns // width)
-    with on_device(codes):
-        dequantize_int8_kernel[(-(-rows // height) * across,)](
-            codes,
-            absmax,
-            out,
-            rows,
-            columns,
-            across,
-            INVERSE_127=reference.INVERSE_127,
-            ROWS=height,
-            COLUMNS=width,
-            num_warps=WARPS,
-        )
+    constants = {"INVERSE_127": reference.INVERSE_127, "ROWS": height, "COLUMNS": width}
+    grid = -(-rows // height) * across, 1, 1
+    return Launch(dequantize_int8_kernel, grid, (rows, columns, across), constants, warps=WARPS)
 
 
 def _fake(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from tuckaway_kernels.codebooks import codebook, dynamic_map
 from tuckaway_kernels.embedding import reference
-from tuckaway_kernels.launching import has_ptx, on_device
+from tuckaway_kernels.launching import Launch, has_ptx
 from tuckaway_kernels.library import define
 from tuckaway_kernels.linear_4bit.reference import check_linear_4bit
 
@@ -34,28 +36,28 @@ def launch_4bit(
     out = torch.empty((*index.shape, cols), dtype=dtype, device=codes.device)
     if out.numel() == 0:
         return out
+    nested = nested_absmax is not None
+    _prepared_4bit(flat.numel(), rows, cols, blocksize, nested)(
+        flat,
+        codes,
+        scales,
+        nested_absmax if nested_absmax is not None else scales,
+        nested_offset if nested_offset is not None else scales,
+        dynamic_map(codes.device),
+        codebook(format, codes.device),
+        out,
+    )
+    return out
+
+
+@lru_cache(maxsize=1024)
+def _prepared_4bit(count: int, rows: int, cols: int, blocksize: int, nested: bool) -> Launch:
     from tuckaway_kernels.embedding.kernel import embedding_4bit_kernel
 
     width = min(1 << (cols - 1).bit_length(), LONGEST)
-    with on_device(codes):
-        embedding_4bit_kernel[(flat.numel(), -(-cols // width))](
-            flat,
-            codes,
-            scales,
-            nested_absmax if nested_absmax is not None else scales,
-            nested_offset if nested_offset is not None else scales,
-            dynamic_map(codes.device),
-            codebook(format, codes.device),
-            out,
-            rows,
-            cols,
-            BLOCKSIZE=blocksize,
-            NESTED=nested_absmax is not None,
-            COLUMNS=width,
-            PTX=has_ptx(),
-            num_warps=WARPS,
-        )
-    return out
+    constants = {"BLOCKSIZE": blocksize, "NESTED": nested, "COLUMNS": width, "PTX": has_ptx()}
+    grid = count, -(-cols // width), 1
+    return Launch(embedding_4bit_kernel, grid, (rows, cols), constants, warps=WARPS)
 
 
 def launch_int8(
@@ -68,14 +70,17 @@ def launch_int8(
     out = torch.empty((*index.shape, cols), dtype=dtype, device=codes.device)
     if out.numel() == 0:
         return out
+    _prepared_int8(flat.numel(), rows, cols)(flat, codes, absmax, out)
+    return out
+
+
+@lru_cache(maxsize=1024)
+def _prepared_int8(count: int, rows: int, cols: int) -> Launch:
     from tuckaway_kernels.embedding.kernel import embedding_int8_kernel
 
     width = min(1 << (cols - 1).bit_length(), LONGEST)
-    with on_device(codes):
-        embedding_int8_kernel[(flat.numel(), -(-cols // width))](
-            flat, codes, absmax, out, rows, cols, COLUMNS=width, num_warps=WARPS
-        )
-    return out
+    grid = count, -(-cols // width), 1
+    return Launch(embedding_int8_kernel, grid, (rows, cols), {"COLUMNS": width}, warps=WARPS)
 
 
 def _fake_4bit(

@@ -81,7 +81,12 @@ def _quad(format: str, half: int, wide: bool) -> str:
 
 
 DOTS = tl.constexpr(
-    {(fp4, m, wide): _dot("fp4" if fp4 else "nf4", m, wide) for fp4 in (0, 1) for m in (1, 2, 3, 4) for wide in (0, 1)}
+    {
+        (fp4, m, wide): _dot("fp4" if fp4 else "nf4", m, wide)
+        for fp4 in (0, 1)
+        for m in (1, 2, 3, 4)
+        for wide in (0, 1)
+    }
 )
 DOT_TYPES = tl.constexpr({m: ",".join(["=&r"] * m + ["r"] * (1 + 5 * m)) for m in (1, 2, 3, 4)})
 QUADS = tl.constexpr(
@@ -126,7 +131,9 @@ def add_word(word, x, sums, M: tl.constexpr, FP4: tl.constexpr, WIDE: tl.constex
     elif M == 2:
         r = tl.inline_asm_elementwise(assembly, types, args, dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
     elif M == 3:
-        r = tl.inline_asm_elementwise(assembly, types, args, dtype=(tl.int32, tl.int32, tl.int32), is_pure=True, pack=1)
+        r = tl.inline_asm_elementwise(
+            assembly, types, args, dtype=(tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
+        )
     else:
         r = tl.inline_asm_elementwise(
             assembly, types, args, dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1

@@ -33,7 +33,9 @@ def load_scale(scales, nested, offset, dynamic, block, mask, NESTED: tl.constexp
     """Scales of these blocks, fp32."""
     if NESTED:
         code = tl.load(scales + block, mask=mask, other=0).to(tl.int32)
-        scale = tl.load(dynamic + code) * tl.load(nested + block // 256, mask=mask, other=0.0) + tl.load(offset)
+        scale = tl.load(dynamic + code) * tl.load(nested + block // 256, mask=mask, other=0.0) + tl.load(
+            offset
+        )
     else:
         scale = tl.load(scales + block, mask=mask, other=0.0)
     return scale
@@ -184,7 +186,9 @@ def gemv_kernel(
         for r in tl.static_range(ROWS):
             start = (first_row + r).to(tl.int64) * halves + first
             words = tl.load(codes + start * 4 + word, mask=word_mask, other=0)
-            scale = load_scale(scales, nested, offset, dynamic, (start + half) // PER_BLOCK, half_mask, NESTED)
+            scale = load_scale(
+                scales, nested, offset, dynamic, (start + half) // PER_BLOCK, half_mask, NESTED
+            )
             w0, w1, w2, w3 = four_words(words, HALVES)
             none = tl.zeros([HALVES], dtype=tl.int32)
             none_each = ()

@@ -7,6 +7,8 @@ decoded at a time, into one buffer (`pieces`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from tuckaway_kernels.codebooks import NESTED_BLOCKSIZE, check_4bit, check_storage
@@ -55,16 +57,44 @@ def linear_4bit(
     absmax = scales
     if nested_absmax is not None and nested_offset is not None:
         absmax = torch.ops.tuckaway.dequantize_nested(scales, nested_absmax, nested_offset)
+    return decoded_product(
+        x,
+        codes,
+        absmax,
+        bias,
+        format,
+        blocksize,
+        rows,
+        cols,
+        transpose,
+        compute_dtype,
+        torch.ops.tuckaway.dequantize_4bit_out,
+    )
+
+
+def decoded_product(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    bias: torch.Tensor | None,
+    format: str,
+    blocksize: int,
+    rows: int,
+    cols: int,
+    transpose: bool,
+    compute_dtype: torch.dtype,
+    dequantize_out: Callable[[torch.Tensor, torch.Tensor, str, int, torch.Tensor], None],
+) -> torch.Tensor:
+    """Multiply by pieces of the matrix that ``dequantize_out`` decodes; see `linear_4bit`. ``absmax`` is fp32."""
     flat_codes, flat_absmax = codes.view(-1), absmax.view(-1)
 
     def decode(first: int, last: int, buffer: torch.Tensor) -> torch.Tensor:
         start, stop = first * cols, last * cols
-        block = (
-            start // blocksize
-        )  # the piece may begin inside a block: decode from the block's first weight on
+        # the piece may begin inside a block: decode from the block's first weight on
+        block = start // blocksize
         begin = block * blocksize
         window = buffer[: stop - begin]
-        torch.ops.tuckaway.dequantize_4bit_out(
+        dequantize_out(
             flat_codes[begin // 2 : (stop + 1) // 2],
             flat_absmax[block : -(-stop // blocksize)],
             format,

@@ -14,6 +14,7 @@ The bottleneck of fp16 is there for every dtype. A bias that is not fp16 is adde
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -138,15 +139,24 @@ def _add_outliers(
         part.copy_(torch.addmm(part, x, decode(first, last, buffer).t()))
 
 
-def _decoder(codes: torch.Tensor, absmax: torch.Tensor) -> Decode:
+def decoder(
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    dequantize_out: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None],
+) -> Decode:
+    """Return what decodes rows of the matrix for `pieces`, by ``dequantize_out``."""
     flat = absmax.view(-1)
 
     def decode(first: int, last: int, buffer: torch.Tensor) -> torch.Tensor:
         weights = buffer[: (last - first) * codes.shape[1]].view(last - first, codes.shape[1])
-        torch.ops.tuckaway.dequantize_int8_out(codes[first:last], flat[first:last], weights)
+        dequantize_out(codes[first:last], flat[first:last], weights)
         return weights
 
     return decode
+
+
+def _decoder(codes: torch.Tensor, absmax: torch.Tensor) -> Decode:
+    return decoder(codes, absmax, torch.ops.tuckaway.dequantize_int8_out)
 
 
 def check_linear_int8(

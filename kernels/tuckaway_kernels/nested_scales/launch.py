@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
 from tuckaway_kernels.codebooks import NESTED_BLOCKSIZE, check_storage, dynamic_map, dynamic_thresholds
-from tuckaway_kernels.launching import has_ptx, kernel_reciprocal_table, on_device
+from tuckaway_kernels.launching import Launch, has_ptx, kernel_reciprocal_table
 from tuckaway_kernels.library import define
 from tuckaway_kernels.nested_scales import reference
 
@@ -39,27 +39,25 @@ def launch_quantize(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     offset = torch.empty((), dtype=torch.float32, device=device)
     if nb == 0:
         return codes, nested, offset.zero_()
+    partial = torch.empty(PARTS, dtype=torch.float64, device=device)
+    sums, quantize = _prepared_quantize(nb)
+    sums(absmax, partial)
+    tables = padded_thresholds(device), kernel_reciprocal_table(device)
+    quantize(absmax, partial, codes, nested, offset, *tables)
+    return codes, nested, offset
+
+
+@lru_cache(maxsize=1024)
+def _prepared_quantize(nb: int) -> tuple[Launch, Launch]:
     from tuckaway_kernels.nested_scales.kernel import partial_sums_kernel, quantize_nested_kernel
 
-    partial = torch.empty(PARTS, dtype=torch.float64, device=device)
-    with on_device(absmax):
-        partial_sums_kernel[(PARTS,)](absmax, partial, nb, -(-nb // PARTS), TILE=SUM_TILE, num_warps=WARPS)
-        quantize_nested_kernel[(-(-nested.numel() // BLOCKS),)](
-            absmax,
-            partial,
-            codes,
-            nested,
-            offset,
-            padded_thresholds(device),
-            kernel_reciprocal_table(device),
-            nb,
-            PARTS=PARTS,
-            BLOCKSIZE=NESTED_BLOCKSIZE,
-            BLOCKS=BLOCKS,
-            PTX=has_ptx(),
-            num_warps=WARPS,
-        )
-    return codes, nested, offset
+    sums = Launch(partial_sums_kernel, (PARTS, 1, 1), (nb, -(-nb // PARTS)), {"TILE": SUM_TILE}, warps=WARPS)
+    constants = {"PARTS": PARTS, "BLOCKSIZE": NESTED_BLOCKSIZE, "BLOCKS": BLOCKS, "PTX": has_ptx()}
+    return sums, Launch(quantize_nested_kernel, _grid(nb), (nb,), constants, warps=WARPS)
+
+
+def _grid(nb: int) -> tuple[int, int, int]:
+    return -(-nb // (NESTED_BLOCKSIZE * BLOCKS)), 1, 1
 
 
 def launch_dequantize(codes: torch.Tensor, nested_absmax: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
@@ -71,22 +69,16 @@ def launch_dequantize(codes: torch.Tensor, nested_absmax: torch.Tensor, offset: 
     out = torch.empty(nb, dtype=torch.float32, device=codes.device)
     if nb == 0:
         return out
+    _prepared_dequantize(nb)(codes, nested_absmax, offset, dynamic_map(codes.device), out)
+    return out
+
+
+@lru_cache(maxsize=1024)
+def _prepared_dequantize(nb: int) -> Launch:
     from tuckaway_kernels.nested_scales.kernel import dequantize_nested_kernel
 
-    with on_device(codes):
-        dequantize_nested_kernel[(-(-nested_absmax.numel() // BLOCKS),)](
-            codes,
-            nested_absmax,
-            offset,
-            dynamic_map(codes.device),
-            out,
-            nb,
-            BLOCKSIZE=NESTED_BLOCKSIZE,
-            BLOCKS=BLOCKS,
-            PTX=has_ptx(),
-            num_warps=WARPS,
-        )
-    return out
+    constants = {"BLOCKSIZE": NESTED_BLOCKSIZE, "BLOCKS": BLOCKS, "PTX": has_ptx()}
+    return Launch(dequantize_nested_kernel, _grid(nb), (nb,), constants, warps=WARPS)
 
 
 def _fake_quantize(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

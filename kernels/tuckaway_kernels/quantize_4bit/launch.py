@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
 from tuckaway_kernels.codebooks import FP4_ORDER, FP4_THRESHOLDS, NF4_THRESHOLDS, check_4bit
-from tuckaway_kernels.launching import has_ptx, kernel_reciprocal_table, on_device
+from tuckaway_kernels.launching import Launch, has_ptx, kernel_reciprocal_table
 from tuckaway_kernels.library import define
 from tuckaway_kernels.quantize_4bit import reference
 
@@ -70,23 +70,22 @@ def _launch(x: torch.Tensor, format: str, blocksize: int, codes: torch.Tensor, a
     n = x.numel()
     if n == 0:
         return
+    tables = cell_table(format, x.device), kernel_reciprocal_table(x.device)
+    _prepared(n, format, blocksize)(x, codes, absmax, *tables)
+
+
+@lru_cache(maxsize=1024)
+def _prepared(n: int, format: str, blocksize: int) -> Launch:
     from tuckaway_kernels.quantize_4bit.kernel import quantize_4bit_kernel
 
-    with on_device(x):
-        quantize_4bit_kernel[(-(-n // TILE),)](
-            x,
-            codes,
-            absmax,
-            cell_table(format, x.device),
-            kernel_reciprocal_table(x.device),
-            n,
-            BLOCKSIZE=blocksize,
-            BLOCKS=TILE // blocksize,
-            FP4=format == "fp4",
-            EVEN=n % TILE == 0,
-            PTX=has_ptx(),
-            num_warps=WARPS,
-        )
+    constants = {
+        "BLOCKSIZE": blocksize,
+        "BLOCKS": TILE // blocksize,
+        "FP4": format == "fp4",
+        "EVEN": n % TILE == 0,
+        "PTX": has_ptx(),
+    }
+    return Launch(quantize_4bit_kernel, (-(-n // TILE), 1, 1), (n,), constants, warps=WARPS)
 
 
 def _fake(x: torch.Tensor, format: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:

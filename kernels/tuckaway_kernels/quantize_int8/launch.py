@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
-from tuckaway_kernels.launching import has_ptx, kernel_reciprocal_table, on_device
+from tuckaway_kernels.launching import Launch, has_ptx, kernel_reciprocal_table
 from tuckaway_kernels.library import define
 from tuckaway_kernels.quantize_int8 import reference
 
@@ -30,27 +32,20 @@ def launch_out(w: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> No
     if w.numel() == 0:
         absmax.zero_()
         return
+    columns = w.shape[-1]
+    launch = _prepared(w.numel() // columns, columns)
+    launch(w.contiguous(), codes, absmax, kernel_reciprocal_table(w.device))
+
+
+@lru_cache(maxsize=1024)
+def _prepared(rows: int, columns: int) -> Launch:
     from tuckaway_kernels.quantize_int8.kernel import quantize_int8_kernel
 
-    w = w.contiguous()
-    columns = w.shape[-1]
-    rows = w.numel() // columns
     width = min(1 << (columns - 1).bit_length(), LONGEST)
     height = max(TILE // width, 1)
-    with on_device(w):
-        quantize_int8_kernel[(-(-rows // height),)](
-            w,
-            codes,
-            absmax,
-            kernel_reciprocal_table(w.device),
-            rows,
-            columns,
-            ROWS=height,
-            COLUMNS=width,
-            LONG=columns > width,
-            PTX=has_ptx(),
-            num_warps=8 if width * height >= 8192 else 4,
-        )
+    constants = {"ROWS": height, "COLUMNS": width, "LONG": columns > width, "PTX": has_ptx()}
+    warps = 8 if width * height >= 8192 else 4
+    return Launch(quantize_int8_kernel, (-(-rows // height), 1, 1), (rows, columns), constants, warps=warps)
 
 
 def _fake(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

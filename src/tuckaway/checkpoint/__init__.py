@@ -5,6 +5,7 @@ from tuckaway.checkpoint.entry import TensorEntry
 from tuckaway.checkpoint.header import Header, read_header
 from tuckaway.checkpoint.progress import Progress
 from tuckaway.checkpoint.reader import PIECE_BYTES, Piece, Request, stream
+from tuckaway.checkpoint.ring import Ring
 from tuckaway.checkpoint.writer import CheckpointWriter
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Piece",
     "Progress",
     "Request",
+    "Ring",
     "TensorEntry",
     "read_header",
     "stream",

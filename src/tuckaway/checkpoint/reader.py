@@ -1,7 +1,7 @@
-"""The stream: bytes of a checkpoint in bounded pieces, in file order, through two buffers.
+"""The stream: bytes of a checkpoint in bounded pieces, in file order, through a ring of buffers.
 
-While the caller works on one piece a thread reads the next. Files are read with ``pread``, never mapped: a file that
-is cut or lost under a mapping kills the process (SIGBUS), and mapped pages count as the process's memory.
+While the caller works on one piece, threads read the next ones. Files are read with ``pread``, never mapped: a file
+that is cut or lost under a mapping kills the process (SIGBUS), and mapped pages count as the process's memory.
 
 Small tensors that lie side by side come with one system call, each scattered to an aligned place: GPT-2's 48 biases
 and norms a block would otherwise cost more in calls and thread switches than in bytes.
@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ import torch
 from tuckaway import files
 from tuckaway.checkpoint.entry import ResidentEntry, StridedEntry, TensorEntry, open_regular
 from tuckaway.checkpoint.progress import Progress
+from tuckaway.checkpoint.ring import Ring, Slot
 from tuckaway.errors import CheckpointError, StoreError, TruncatedError
 
 __all__ = ["PIECE_BYTES", "Piece", "Request", "read_tensor", "stream"]
@@ -105,17 +109,22 @@ class _Batch:
 
 
 def stream(
-    requests: Sequence[Request], *, piece_bytes: int = PIECE_BYTES, progress: bool | None = False
+    requests: Sequence[Request],
+    *,
+    piece_bytes: int = PIECE_BYTES,
+    progress: bool | None = False,
+    ring: Ring | None = None,
 ) -> Iterator[Piece]:
     """Read tensors piece by piece, in the order they lie in the files.
 
-    Memory in use is two buffers of ``piece_bytes``, and beyond that only a tensor that must come whole. The thread
-    that reads ahead ends with the iterator: at its end, at an error, or when it is closed.
+    Memory in use is the ring's slots of ``piece_bytes``, and beyond that only a tensor that must come whole. The
+    threads that read ahead end with the iterator: at its end, at an error, or when it is closed.
 
     Args:
         requests: what to read; the order does not matter.
         piece_bytes: size of a piece at most, where ``align`` and ``whole`` allow.
         progress: show a bar; ``None``: when standard error is a terminal.
+        ring: how many buffers and threads, and for which device; ``None``: two buffers and a thread.
 
     Raises:
         ValueError: ``piece_bytes`` or an ``align`` is below 1.
@@ -140,39 +149,37 @@ def stream(
         if request.align < 1:
             raise ValueError(f"align must be positive, not {request.align} ({request.entry.name!r})")
     ordered = sorted(requests, key=lambda request: (os.fspath(request.entry.path), request.entry.offset))
-    return _run(ordered, piece_bytes, progress)
+    return _run(ordered, piece_bytes, progress, ring or Ring())
 
 
-def _run(requests: list[Request], piece_bytes: int, progress: bool | None) -> Iterator[Piece]:
+def _run(requests: list[Request], piece_bytes: int, progress: bool | None, ring: Ring) -> Iterator[Piece]:
     total = sum(request.entry.nbytes for request in requests)
     batches = _batches(requests, piece_bytes)
-    buffers = [_Buffer(min(piece_bytes + _SLOT, total + _SLOT * len(requests))) for _ in range(2)]
+    free = deque(ring.slots(min(piece_bytes + _SLOT, total + _SLOT * len(requests))))
+    inflight: deque[tuple[_Batch, Slot, Any]] = deque()
     with (
-        closing(_Source()) as source,
+        closing(_Sources(ring.threads)) as sources,
         Progress(total, "Loading weights", show=progress) as bar,
-        ThreadPoolExecutor(1, thread_name_prefix="tuckaway-read") as thread,
     ):
-
-        def submit(turn: int) -> Future[list[torch.Tensor]] | None:
-            batch = next(batches, None)
-            if batch is None:
-                return None
-            pending.append(batch)
-            return thread.submit(source.fill, batch, buffers[turn % 2])
-
-        pending: list[_Batch] = []
-        turn = 0
-        ahead = submit(turn)
-        while ahead is not None:
-            tensors = ahead.result()
-            batch = pending.pop()
-            turn += 1
-            ahead = submit(turn)
-            for part, tensor in zip(batch.parts, tensors, strict=True):
-                yield Piece(part.entry, part.start, tensor, part.last)
-                bar.update(part.nbytes, part.entry.name)
-            del tensors
-        source.finish()
+        threads = ThreadPoolExecutor(ring.threads, thread_name_prefix="tuckaway-read")
+        try:
+            while True:
+                while free and (batch := next(batches, None)) is not None:
+                    slot = free.popleft()
+                    inflight.append((batch, slot, threads.submit(sources.fill, batch, slot)))
+                if not inflight:
+                    break
+                batch, slot, future = inflight.popleft()
+                tensors = future.result()
+                for part, tensor in zip(batch.parts, tensors, strict=True):
+                    yield Piece(part.entry, part.start, tensor, part.last)
+                    bar.update(part.nbytes, part.entry.name)
+                del tensors
+                slot.handed_over()
+                free.append(slot)
+        finally:
+            threads.shutdown(cancel_futures=True)
+        sources.finish()
 
 
 def _batches(requests: list[Request], piece_bytes: int) -> Iterator[_Batch]:
@@ -195,23 +202,40 @@ def _batches(requests: list[Request], piece_bytes: int) -> Iterator[_Batch]:
         yield batch
 
 
-class _Buffer:
-    """One of the two buffers; what is bigger than it gets memory of its own, for that one batch."""
+class _Sources:
+    """One set of open files a thread; tensors that cannot be read in parts have one of their own."""
 
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self.memory: torch.Tensor | None = None
+    def __init__(self, count: int) -> None:
+        self.all = [_Source() for _ in range(count + 1)]
+        self.free: SimpleQueue[_Source] = SimpleQueue()
+        for source in self.all[1:]:
+            self.free.put(source)
+        self.lock = Lock()
 
-    def get(self, nbytes: int) -> torch.Tensor:
-        if nbytes > self.nbytes:
-            return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        if self.memory is None:
-            self.memory = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
-        return self.memory
+    def fill(self, batch: _Batch, slot: Slot) -> list[torch.Tensor]:
+        """Read a batch into a slot and return the tensors of its parts."""
+        if type(batch.parts[0].entry) is not TensorEntry:
+            with self.lock:
+                return self.all[0].fill(batch, slot)
+        source = self.free.get()
+        try:
+            return source.fill(batch, slot)
+        finally:
+            self.free.put(source)
+
+    def finish(self) -> None:
+        """Close all files, and complain if one changed while it was read."""
+        for source in self.all:
+            source.finish()
+
+    def close(self) -> None:
+        """Close all files as they are."""
+        for source in self.all:
+            source.close()
 
 
 class _Source:
-    """The files, one open at a time, as the reading thread uses them."""
+    """The files, one open at a time, as a reading thread uses them."""
 
     def __init__(self) -> None:
         self.path: Path | None = None
@@ -219,12 +243,12 @@ class _Source:
         self.entry: TensorEntry | None = None
         self.made: tuple[TensorEntry, torch.Tensor] | None = None
 
-    def fill(self, batch: _Batch, buffer: _Buffer) -> list[torch.Tensor]:
-        """Read a batch into a buffer and return the tensors of its parts."""
+    def fill(self, batch: _Batch, slot: Slot) -> list[torch.Tensor]:
+        """Read a batch into a slot and return the tensors of its parts."""
         first = batch.parts[0]
         if type(first.entry) is not TensorEntry:
             return [self._whole(part) for part in batch.parts]
-        memory = buffer.get(batch.nbytes)
+        memory = slot.memory(batch.nbytes)
         view = _bytes(memory)
         self.open(first.entry)
         views = [view[part.place : part.place + part.nbytes] for part in batch.parts if part.nbytes]

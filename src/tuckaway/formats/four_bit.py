@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from typing_extensions import override
@@ -253,7 +254,7 @@ def _read_layout(key: str, format: str, state: dict[str, Any]) -> Layout:
     shape, blocksize = _field(key, state, "shape", list), _field(key, state, "blocksize", int)
     if not all(type(n) is int and n >= 0 for n in shape):
         raise CheckpointError(f"unreadable quantization state: shape {shape!r}", where=key)
-    if blocksize < 2 or blocksize & (blocksize - 1):
+    if not 32 <= blocksize <= 4096 or blocksize & (blocksize - 1):
         raise CheckpointError(f"unreadable quantization state: blocksize {blocksize!r}", where=key)
     if state.get("quant_type", format) != format:
         raise CheckpointError(f"a quantization state of {state['quant_type']!r}", where=key)

@@ -41,10 +41,9 @@ class Int8(Format):
 
     @override
     def dequantize(self, components: Components, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
-        result: torch.Tensor = torch.ops.tuckaway.dequantize_int8(
-            components["codes"], components["absmax"], dtype
-        )
-        return result
+        codes = components["codes"].view(layout.rows, layout.cols)
+        result: torch.Tensor = torch.ops.tuckaway.dequantize_int8(codes, components["absmax"], dtype)
+        return result.view(layout.shape)
 
     @override
     def absmax(self, components: Components, layout: Layout) -> torch.Tensor:
@@ -95,9 +94,7 @@ class Int8(Format):
 
     @override
     def serialize(self, name: str, components: Components, layout: Layout) -> Components:
-        prefix = name.removesuffix("weight")
-        scales = f"{prefix}SCB" if name.endswith("weight") else f"{name}.SCB"
-        kind = f"{prefix}weight_format" if name.endswith("weight") else f"{name}.weight_format"
+        scales, kind = _keys(name)
         return {
             name: components["codes"],
             scales: components["absmax"],
@@ -109,24 +106,33 @@ class Int8(Format):
         entry = entries.get(name)
         if entry is None or entry.dtype != torch.int8:
             return None
-        prefix = name.removesuffix("weight") if name.endswith("weight") else f"{name}."
-        scales, kind = f"{prefix}SCB", f"{prefix}weight_format"
+        scales, kind = _keys(name)
         if scales not in entries:
             return None
         layout = Layout(format=self.name, shape=tuple(entry.shape), dtype=torch.float16)
         found = entries[scales]
         if math.prod(found.shape) != layout.rows or not found.dtype.is_floating_point:
             raise CheckpointError(
-                f"{list(found.shape)} {found.dtype} does not hold the scales of {layout.rows} rows", where=scales
+                f"{list(found.shape)} {found.dtype} does not hold the scales of {layout.rows} rows",
+                where=scales,
             )
-        if kind in entries and int(read(kind)) != 0:
+        if kind in entries and math.prod(entries[kind].shape) != 1:
+            raise CheckpointError(f"{list(entries[kind].shape)} names no format", where=kind)
+        if kind in entries and (tiled := int(read(kind).item())) != 0:
             raise CheckpointError(
-                f"int8 weights in the tiled format {int(read(kind))}",
+                f"int8 weights in the tiled format {tiled}",
                 where=kind,
                 hint="save the checkpoint with bitsandbytes 0.45 or newer, which writes row-major weights",
             )
         present = frozenset(k for k in (name, scales, kind) if k in entries)
         return Serialized(layout, {"codes": name, "absmax": scales}, {}, present)
+
+
+def _keys(name: str) -> tuple[str, str]:
+    """Names of the scales and of the format's number: beside ``weight``, below a parameter of another name."""
+    path, _, own = name.rpartition(".")
+    prefix = name if own != "weight" else path
+    return (f"{prefix}.SCB", f"{prefix}.weight_format") if prefix else ("SCB", "weight_format")
 
 
 class _Int8Quantizer(PieceQuantizer):

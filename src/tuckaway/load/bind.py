@@ -52,13 +52,33 @@ def bind_kept(
         tensor, device = _lookup(model, name), device_of(name)
         if device is None:
             continue
-        dtype = specs[name].dtype if specs[name].persistent else tensor.dtype
-        if tensor.device == device and tensor.dtype == dtype:
+        cast = cast_kept(tensor, specs[name])
+        if tensor.device == device and cast is tensor:
             continue
         if id(tensor) not in moved:
-            fresh = tensor.detach().to(device=device, dtype=dtype)
+            fresh = cast.detach().to(device=device)
             moved[id(tensor)] = fresh if specs[name].is_buffer else nn.Parameter(fresh, tensor.requires_grad)
         _assign(model, name, moved[id(tensor)])
+
+
+def cast_kept(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """Return a kept tensor in its final dtype; what no checkpoint holds (a rotary frequency) keeps its own."""
+    return tensor if tensor.dtype == spec.dtype or not spec.persistent else tensor.detach().to(spec.dtype)
+
+
+def restoration(model: nn.Module) -> Callable[[], None]:
+    """Remember every parameter and buffer of the model; the function that is returned puts them back."""
+    before = [
+        (tensors, dict(tensors))
+        for module in model.modules()
+        for tensors in (module._parameters, module._buffers)
+    ]
+
+    def restore() -> None:
+        for tensors, old in before:
+            tensors.update(old)  # type: ignore[arg-type]
+
+    return restore
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

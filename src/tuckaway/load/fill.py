@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 
 import torch
 
-from tuckaway.checkpoint import Request, stream
+from tuckaway.checkpoint import Piece, Request, Ring, stream
 from tuckaway.formats import Components
 from tuckaway.load.match import Feed
 from tuckaway.load.place import Destination
@@ -43,6 +43,7 @@ def fill(
     *,
     piece_bytes: int,
     progress: bool | None = None,
+    ring: Ring | None = None,
 ) -> None:
     """Read every feed's tensors in file order and fill their destinations.
 
@@ -51,6 +52,7 @@ def fill(
         destination_of: gives the destination of a feed; asked once, when its first byte arrives.
         piece_bytes: most bytes of a checkpoint in memory at once, but for tensors that must come whole.
         progress: show a bar; ``None``: when standard error is a terminal.
+        ring: the buffers that the bytes pass through.
 
     Raises:
         CheckpointError: a file is not what its header promised.
@@ -64,7 +66,7 @@ def fill(
     fillings: dict[tuple[str, ...], _Filling] = {}
     sinks: dict[str, Sink] = {}
     # closed at once when a sink fails: the traceback would keep the file and the thread that reads ahead
-    with torch.no_grad(), closing(stream(requests, piece_bytes=piece_bytes, progress=progress)) as pieces:
+    with torch.no_grad(), closing(_stream(requests, piece_bytes, progress)) as pieces:
         for piece in pieces:
             name = piece.entry.name
             feed, component = owner[name]
@@ -82,6 +84,10 @@ def fill(
                 filling.finished_one()
                 if filling.open == 0:
                     del fillings[feed.names]
+
+
+def _stream(requests: list[Request], piece_bytes: int, progress: bool | None) -> Generator[Piece, None, None]:
+    yield from stream(requests, piece_bytes=piece_bytes, progress=progress)
 
 
 def _piece_rules(feed: Feed) -> tuple[int, bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -13,14 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from tuckaway.checkpoint import Checkpoint
+from tuckaway.checkpoint import Checkpoint, Ring
 from tuckaway.config import QuantizationConfig
-from tuckaway.errors import ConfigError, LoadOutOfMemoryError, PlanError, TuckawayError
-from tuckaway.load.bind import bind_kept, bind_resident, check_kept
+from tuckaway.errors import ConfigError, LoadOutOfMemoryError, PagingError, PlanError, TuckawayError
+from tuckaway.load.bind import bind_kept, bind_resident, cast_kept, check_kept, restoration
+from tuckaway.load.copies import check_copies
 from tuckaway.load.fill import fill, fill_from_tensors
 from tuckaway.load.match import Feed, Match, match_checkpoint, match_model
 from tuckaway.load.place import Destination, InPage, OnDevice, OnDisk
-from tuckaway.paging import PageHomes, PagePlan, attach, plan_pages
+from tuckaway.paging import PageHomes, PagePlan, attach, materialize, paging_of, plan_pages
 from tuckaway.plan import (
     check_devices,
     choose_specs,
@@ -29,14 +31,16 @@ from tuckaway.plan import (
     resolve_device_map,
     tied_groups,
 )
-from tuckaway.tensor import TensorSpec
+from tuckaway.tensor import TensorSpec, components_of
 
 __all__ = ["load_and_quantize_model", "load_checkpoint_and_dispatch", "run"]
 
 _log = logging.getLogger("tuckaway")
 
-PIECE_BYTES = 16 * 2**20
-"""Bytes of a checkpoint in memory at once. Larger pieces are no faster on a CPU, whose caches they leave."""
+PIECE_BYTES = 16 * 2**20 - 64
+"""Bytes of a piece of a checkpoint: with the 64 that align it, a power of two, as pinned memory comes in no other size.
+
+Larger pieces are no faster on a CPU, whose caches they leave."""
 
 DeviceMap = Mapping[str, int | str | torch.device] | str | int | torch.device
 
@@ -95,6 +99,7 @@ def load_and_quantize_model(
         CheckpointError: something is wrong with the checkpoint's files.
         MismatchError: names, shapes or dtypes of model and checkpoint differ.
         PlanError: a device map that cannot be, a model that does not fit, ``"disk"`` without ``offload_folder``.
+        PagingError: the model is paged already.
         StoreError: the offload folder cannot be used.
         LoadOutOfMemoryError: memory ran out. In every one of these cases the model is as it was.
 
@@ -225,6 +230,11 @@ def run(
     """Do the whole job; ``checkpoint=None`` takes the weights that the model has. The public functions call this."""
     if no_split_module_classes is None:
         no_split_module_classes = sorted(getattr(model, "_no_split_modules", None) or ())
+    paging = paging_of(model)
+    if paging is not None and paging.pages:
+        raise PagingError(
+            "the model is paged already", hint="bring it back first: tuckaway.materialize(model)"
+        )
     wanted, reasons = choose_specs(model, config, dtype=dtype, strict=own_config)
     groups = tied_groups(model)
     match = _match(model, checkpoint, wanted, groups, config, strict=strict)
@@ -256,18 +266,24 @@ def run(
         ties=groups,
     )
     check_kept(model, match)
+    check_copies(match, piece_bytes=PIECE_BYTES)
     with ExitStack() as undo, _out_of_memory_named():
         homes = None
         if plan.pages:
-            fingerprint = _fingerprint(checkpoint)
+            fingerprint = _fingerprint(checkpoint, _kept_on_disk(model, match, plan))
             homes = PageHomes.create(plan, offload_folder=offload_folder, fingerprint=fingerprint)
             undo.callback(homes.abort)
         resident = _read(model, checkpoint, match, plan, homes, progress=progress)
         if homes is not None:
             homes.commit()
+        if paging_of(model) is not None:
+            materialize(model)  # all of it is resident: only hooks are removed
+        undo.callback(restoration(model))
         bind_resident(model, match, resident)
         bind_kept(model, match, specs, plan.resident.get)
-        attach(model, plan, homes, skip_keys=skip_keys)
+        if plan.pages or plan.moved or executing.type != "cpu":
+            attach(model, plan, homes, skip_keys=skip_keys)
+        # else there is nothing to bring anywhere: an ordinary model, which can be copied, pickled and moved
         undo.pop_all()
     model.hf_device_map = dict(placement)  # type: ignore[assignment]
     model.quantization_report = quantization_report(specs, reasons, placement, ties=groups)  # type: ignore[assignment]
@@ -303,15 +319,23 @@ def _read(
     if homes is not None and homes.reusable:
         feeds = tuple(feed for feed in feeds if home_of(feed) != "disk")
     if checkpoint is not None:
-        fill(feeds, destination_of, piece_bytes=PIECE_BYTES, progress=progress)
+        ring = Ring.towards(work_device)
+        fill(feeds, destination_of, piece_bytes=PIECE_BYTES, progress=progress, ring=ring)
     else:
         fill_from_tensors(feeds, dict(_named_state(model)), destination_of)
     if homes is not None:
         state = dict(_named_state(model))
         for name in match.kept:
-            if homes.home_of(name) is not None:
-                homes.put(name, state[name])
+            home = homes.home_of(name)
+            if home is not None and not (home == "disk" and homes.reusable):
+                homes.put(name, cast_kept(state[name], plan.specs[name]))
     return resident
+
+
+def _kept_on_disk(model: nn.Module, match: Match, plan: PagePlan) -> list[torch.Tensor]:
+    state = dict(_named_state(model))
+    units = ((name, plan.page_of(name)) for name in match.kept)
+    return [state[name] for name, unit in units if unit is not None and unit.home == "disk"]
 
 
 def _match(
@@ -348,15 +372,22 @@ def _named_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _fingerprint(checkpoint: Checkpoint | None) -> str:
-    """Identify the weights: pages on disk are used again only for the very files they were made from."""
+def _fingerprint(checkpoint: Checkpoint | None, kept: Sequence[torch.Tensor]) -> str:
+    """Identify the weights: pages on disk are used again only for the very files (and values) they were made from."""
     if checkpoint is None:
         return uuid.uuid4().hex  # weights in memory have no identity that outlasts the process
     parts = []
     for path in checkpoint.files:
         status = path.stat()
         parts.append(f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}")
+    for tensor in kept:
+        parts.extend(f"{zlib.crc32(_bytes(part)):08x}" for part in components_of(tensor).values())
     return "\n".join(parts)
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 @contextmanager

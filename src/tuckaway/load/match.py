@@ -33,12 +33,14 @@ class Feed:
         spec: its final form.
         entries: component to the checkpoint's tensor; the one key ``""`` for a tensor that is cast or quantized.
         values: components known without reading.
+        copies: what the checkpoint holds under the tensor's other names, in the same form; must be equal.
     """
 
     names: tuple[str, ...]
     spec: TensorSpec
     entries: dict[str, TensorEntry]
     values: Components
+    copies: tuple[dict[str, TensorEntry], ...] = ()
 
     @property
     def quantized_already(self) -> bool:
@@ -108,6 +110,8 @@ def match_checkpoint(
             consumed |= used
             if feed is None:
                 feed = Feed(names, final, entries, values)
+            elif entries.keys() == feed.entries.keys():
+                feed = replace(feed, copies=(*feed.copies, entries))
         if feed is not None:
             feeds.append(feed)
         elif not spec.persistent or (names[0] in real and (spec.is_buffer or not strict)):

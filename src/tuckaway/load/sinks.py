@@ -48,7 +48,8 @@ class PlainSink(Sink):
     def write(self, start: int, piece: torch.Tensor) -> None:
         part = self.target[start : start + piece.numel()]
         if part.device != piece.device:
-            piece = piece.to(part.device)  # the bus carries the stored dtype; the cast runs over there
+            # the bus carries the stored dtype; the cast runs over there
+            piece = piece.to(part.device, non_blocking=True)
         part.copy_(piece)
 
     @override
@@ -71,7 +72,7 @@ class CopySink(Sink):
         if self.as_bytes:
             piece, start = piece.view(self.target.dtype), start * self.itemsize
             piece = piece[: max(self.target.numel() - start, 0)]
-        self.target[start : start + piece.numel()].copy_(piece)
+        self.target[start : start + piece.numel()].copy_(piece, non_blocking=True)
 
     @override
     def finish(self) -> None:
@@ -94,7 +95,7 @@ class QuantizeSink(Sink):
     @override
     def write(self, start: int, piece: torch.Tensor) -> None:
         if self.device != piece.device:
-            piece = piece.to(self.device)
+            piece = piece.to(self.device, non_blocking=True)
         self.quantizer.write(start, piece.to(self.dtype))
 
     @override
@@ -124,7 +125,7 @@ class TransposedSink(QuantizeSink):
     @override
     def write(self, start: int, piece: torch.Tensor) -> None:
         if self.device != piece.device:
-            piece = piece.to(self.device)
+            piece = piece.to(self.device, non_blocking=True)
         source = piece.view(-1, *self.shape[-2:])
         _, cols, rows = source.shape  # the source is [cols, rows], the stored tensor [rows, cols]
         step = strip_rows(rows, cols, self.align)

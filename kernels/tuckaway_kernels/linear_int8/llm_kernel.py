@@ -1,0 +1,187 @@
+"""LLM.int8() in few launches, the host asking nothing: which columns hold outliers is found and used on the device.
+
+`find_outliers_kernel` marks the columns; `quantize_activations_kernel` quantizes the rows of x, and one program more
+makes a list of the marked columns; `integer_kernel` multiplies codes (or torch does); `rescale_kernel` gives the result
+and adds the product of the outlier columns by decoded weights, of which it reads those columns alone.
+"""
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tuckaway_kernels.arithmetic import reciprocal
+from tuckaway_kernels.quantize_int8.kernel import encode, load_half
+
+
+@triton.jit
+def find_outliers_kernel(x, flags, threshold, m, cols, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Set flags int8 [cols] to 1 where a column of x [m, cols], rounded to fp16, reaches threshold fp32 [1].
+
+    A program takes COLUMNS columns of ROWS rows. Several may write the same 1.
+    """
+    limit = tl.load(threshold)
+    row = tl.program_id(1) * ROWS
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    largest = tl.zeros([COLUMNS], dtype=tl.float32)
+    for r in range(row, tl.minimum(row + ROWS, m)):
+        value = load_half(x + r.to(tl.int64) * cols + column, column < cols)
+        largest = tl.maximum(largest, tl.where(value == value, tl.abs(value), 0.0))
+    one = tl.full([COLUMNS], 1, dtype=tl.int8)
+    tl.store(flags + column, one, mask=(column < cols) & (largest >= limit))
+
+
+@triton.jit
+def quantize_activations_kernel(
+    x,
+    flags,
+    threshold,
+    codes,
+    scales,
+    outliers,
+    table,
+    m,
+    cols,
+    COLUMNS: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Quantize x [m, cols] -> codes int8 [m, cols], scales fp32 [m].
+
+    With OUTLIERS also outliers int32 [1 + cols]: how many, then which columns.
+
+    Entries that reach the threshold do not count in a row's scale; columns that hold one get the code 0. One program a
+    row, and one that makes the list.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    if row < m:
+        largest = tl.zeros([COLUMNS], dtype=tl.float32)
+        for left in range(0, cols, COLUMNS):
+            value = tl.abs(load_half(x + row * cols + left + column, left + column < cols))
+            if OUTLIERS:
+                value = tl.where(value >= tl.load(threshold), 0.0, value)
+            largest = tl.maximum(largest, tl.where(value == value, value, 0.0))
+        scale = tl.max(largest, axis=0)
+        rate = 127.0 * reciprocal(scale, table, PTX)
+        for left in range(0, cols, COLUMNS):
+            inside = left + column < cols
+            value = load_half(x + row * cols + left + column, inside)
+            if OUTLIERS:
+                value = tl.where(tl.load(flags + left + column, mask=inside, other=0) != 0, 0.0, value)
+            tl.store(codes + row * cols + left + column, encode(value, rate, PTX), mask=inside)
+        tl.store(scales + row, scale)
+    else:
+        if OUTLIERS:
+            count = 0
+            for left in range(0, cols, COLUMNS):
+                flag = tl.load(flags + left + column, mask=left + column < cols, other=0).to(tl.int32)
+                place = count + tl.cumsum(flag, axis=0)
+                tl.store(outliers + place, left + column, mask=flag != 0)
+                count += tl.sum(flag, axis=0)
+            tl.store(outliers, count)
+
+
+@triton.jit
+def integer_kernel(
+    x,
+    codes,
+    out,
+    m,
+    rows,
+    cols,
+    split_steps,
+    ROWS: tl.constexpr,
+    M: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """X int8 [m, cols] by codes int8 [rows, cols], transposed -> out int32 [splits, m, rows], exact."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_mask = row < rows
+    x_row = tl.program_id(2) * M + tl.arange(0, M)
+    x_mask = x_row < m
+    column = tl.arange(0, COLUMNS)
+    begin = tl.program_id(1) * split_steps
+    end = tl.minimum(begin + split_steps, tl.cdiv(cols, COLUMNS))
+    code_at = codes + row.to(tl.int64)[:, None] * cols + column[None, :]
+    x_at = x + x_row[None, :].to(tl.int64) * cols + column[:, None]
+    acc = tl.zeros([ROWS, M], dtype=tl.int32)
+    for step in tl.range(begin, end, num_stages=STAGES):
+        inside = step * COLUMNS + column < cols
+        code = tl.load(code_at + step * COLUMNS, mask=row_mask[:, None] & inside[None, :], other=0)
+        value = tl.load(x_at + step * COLUMNS, mask=x_mask[None, :] & inside[:, None], other=0)
+        acc = tl.dot(code, value, acc)
+    at = out + (tl.program_id(1).to(tl.int64) * m + x_row[None, :]) * rows + row[:, None]
+    tl.store(at, acc, mask=row_mask[:, None] & x_mask[None, :])
+
+
+@triton.jit
+def rescale_kernel(
+    product,
+    x_scales,
+    absmax,
+    bias,
+    x,
+    outliers,
+    codes,
+    out,
+    m,
+    rows,
+    cols,
+    INVERSE_127_SQUARED: tl.constexpr,
+    INVERSE_127: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BIAS: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    M: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Product int32 [SPLIT, m, rows] -> out [m, rows]: times both scales, plus bias, as fp16, plus the outlier columns.
+
+    BIAS: 0, none; 1, fp16, added before the rounding; 2, another, after it. COLUMNS outlier columns a step.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    x_row = (tl.program_id(1) * M + tl.arange(0, M)).to(tl.int64)
+    row_mask = row < rows
+    x_mask = x_row < m
+    mask = x_mask[:, None] & row_mask[None, :]
+    at = x_row[:, None] * rows + row[None, :]
+    total = tl.load(product + at, mask=mask, other=0)
+    for i in tl.static_range(1, SPLIT):
+        total += tl.load(product + i * m.to(tl.int64) * rows + at, mask=mask, other=0)
+    weight_scale = tl.load(absmax + row, mask=row_mask, other=0.0)
+    scaled = total.to(tl.float32) * tl.load(x_scales + x_row, mask=x_mask, other=0.0)[:, None]
+    scaled = scaled * weight_scale[None, :]
+    if BIAS == 1:
+        added = tl.load(bias + row, mask=row_mask, other=0.0).to(tl.float32)
+        result = tl.fma(
+            scaled, tl.full(scaled.shape, INVERSE_127_SQUARED, tl.float32), added[None, :] + scaled * 0.0
+        )
+        result = result.to(tl.float16).to(tl.float32)
+    else:
+        result = (scaled * INVERSE_127_SQUARED).to(tl.float16).to(tl.float32)
+        if BIAS == 2:
+            added = tl.load(bias + row, mask=row_mask, other=0.0).to(tl.float32)
+            result = (result + added[None, :]).to(tl.float16).to(tl.float32)
+    if OUTLIERS:
+        dtype = out.dtype.element_ty
+        result = result.to(dtype).to(tl.float32)
+        count = tl.load(outliers)
+        factor = (weight_scale * INVERSE_127)[None, :]
+        acc = tl.zeros([M, ROWS], dtype=tl.float32)
+        for first in range(0, count, COLUMNS):
+            which = first + tl.arange(0, COLUMNS)
+            there = which < count
+            column = tl.load(outliers + 1 + which, mask=there, other=0)
+            left = tl.load(
+                x + x_row[:, None] * cols + column[None, :], mask=x_mask[:, None] & there[None, :], other=0.0
+            )
+            place = row.to(tl.int64)[None, :] * cols + column[:, None]
+            code = tl.load(codes + place, mask=there[:, None] & row_mask[None, :], other=0)
+            right = (code.to(tl.float32) * factor).to(dtype)
+            acc = tl.dot(left, right, acc, input_precision="ieee")
+        result += acc
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)

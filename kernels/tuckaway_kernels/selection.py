@@ -1,0 +1,154 @@
+"""Which kernel serves a product: what was measured on this GPU, else a rule that is safe on any.
+
+A table in ``configs/`` holds what was measured, one file a kind of GPU, read at the first product. A choice depends on
+shapes, dtypes and the kind of GPU alone, never on addresses or on what ran before: the same call gives the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+
+from tuckaway_kernels.launching import has_ptx, processors
+
+_CONFIGS: Final = Path(__file__).parent / "configs"
+
+LARGEST_FUSED: Final = 128
+"""Rows of x up to which a fused product is faster than decoding first: 8192x8192, m = 64: 55 against 113 us."""
+
+MOST_MMA_WARPS: Final = 2
+"""With 4, Triton takes wgmma on Hopper, and the order in which codes are decoded in registers is not wgmma's."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One kernel and its constants.
+
+    Args:
+        kernel: ``"gemv"``, dot products in ordinary registers; ``"mma"``, tensor cores.
+        tile_rows: rows of the matrix a program takes.
+        warps: 32 threads each, a program.
+        tile_m: rows of x a program takes.
+        blocks: runs of 64 columns a step (4-bit mma).
+        columns: columns a step (int8).
+        stages: of the software pipeline.
+        split: parts the columns are split into, among programs.
+    """
+
+    kernel: Literal["gemv", "mma"]
+    tile_rows: int
+    warps: int
+    tile_m: int = 1
+    blocks: int = 1
+    columns: int = 0
+    stages: int = 1
+    split: int = 1
+
+
+def fuses(device: torch.device) -> bool:
+    """Tell whether the fused kernels run on ``device``: NVIDIA GPUs from Ampere on, which have pairs of bf16."""
+    return has_ptx() and device.type == "cuda" and _capability(device) >= (8, 0)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def choose_4bit(
+    device: torch.device, m: int, rows: int, cols: int, blocksize: int, nested: bool
+) -> Choice | None:
+    """Return the kernel for ``x [m, cols] @ S^T`` with 4-bit S ``[rows, cols]``; None: decode and multiply."""
+    mma = cols % 64 == 0 and blocksize >= 64
+    if not 1 <= m <= LARGEST_FUSED or cols % 32 or not (mma or m <= 4):
+        return None
+    entry = _measured(device, "linear_4bit", m, rows, cols, nested) or {}
+    if mma and (m > 4 or entry.get("kernel") == "mma"):
+        tile_m = entry.get("tile_m") or (16 if m <= 16 else 32 if m <= 32 else 64)
+        blocks = entry.get("blocks") or (1 if tile_m == 64 else 2)
+        stages = entry.get("stages") or 3
+        if cols % (64 * blocks):
+            blocks, stages = 1, 5
+        return Choice(
+            "mma",
+            64,
+            min(entry.get("warps") or 2, MOST_MMA_WARPS),
+            tile_m,
+            blocks=blocks,
+            stages=stages,
+            split=_split(device, m, tile_m, rows, cols // (64 * blocks)),
+        )
+    tile_m = 4 if m == 3 else m
+    entry = entry if entry.get("kernel") == "gemv" else {}
+    tile_rows = entry.get("tile_rows") or 8
+    while rows % tile_rows:
+        tile_rows //= 2
+    warps = entry.get("warps") or 4
+    while warps > 1 and cols <= 512 * warps:  # a warp takes 1,024 columns at a time
+        warps //= 2
+    return Choice("gemv", tile_rows, warps, tile_m)
+
+
+def choose_int8(
+    device: torch.device, m: int, rows: int, cols: int, compute_dtype: torch.dtype
+) -> Choice | None:
+    """Return the kernel for ``x [m, cols] @ S^T`` with int8 S ``[rows, cols]``; None: decode and multiply."""
+    if not 1 <= m <= LARGEST_FUSED:
+        return None
+    entry = _measured(device, "linear_int8", m, rows, cols, False) or {}
+    if m == 1 or (m <= 4 and (cols % 128 or compute_dtype == torch.float32)):
+        columns = min(entry.get("columns") or 2048, max(1 << (cols - 1).bit_length(), 512))
+        return Choice("gemv", 4, max(columns // 512, 1), columns=columns)
+    if compute_dtype == torch.float32 or cols % 128:
+        return None
+    tile_m = 16 if m <= 16 else 32 if m <= 32 else 64
+    return Choice(
+        "mma",
+        64,
+        MOST_MMA_WARPS,
+        tile_m,
+        columns=128,
+        stages=entry.get("stages") or (4 if tile_m == 16 else 3),
+        split=_split(device, m, tile_m, rows, cols // 128),
+    )
+
+
+def _split(device: torch.device, m: int, tile_m: int, rows: int, steps: int) -> int:
+    """In how many parts the steps along the columns are split: enough programs, but 4 steps or more in each.
+
+    28672x8192, m = 16: 101 us in 2 parts, 91 in 4, 101 in 8; 8192x8192: 33, 32 and 36.
+    """
+    programs = -(-rows // 64) * -(-m // tile_m)
+    split = 4 if programs * 4 >= 2 * processors(device) else 8
+    while split > 1 and steps < 4 * split:
+        split //= 2
+    return split
+
+
+def _measured(
+    device: torch.device, op: str, m: int, rows: int, cols: int, nested: bool
+) -> dict[str, Any] | None:
+    for entry in _entries(device):
+        sizes = {"m": m, "rows": rows, "cols": cols}
+        inside = all(entry[k][0] <= v <= entry[k][1] for k, v in sizes.items() if k in entry)
+        if entry["op"] == op and inside and entry.get("nested", nested) == nested:
+            return entry
+    return None
+
+
+@cache
+def _entries(device: torch.device) -> tuple[dict[str, Any], ...]:
+    """The measured entries for the kind of GPU that ``device`` is; none for a kind never measured."""
+    if device.type != "cuda":
+        return ()
+    words = torch.cuda.get_device_name(device).replace("-", " ").split()
+    for path in sorted(_CONFIGS.glob("*.json")):
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if any(name in words for name in table["devices"]):
+            return tuple(table["entries"])
+    return ()

@@ -1,0 +1,75 @@
+"""The package's face: its names, and what importing it does not do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import tuckaway
+from tuckaway import errors
+
+
+def test_public_names_exist_and_are_sorted() -> None:
+    assert all(hasattr(tuckaway, name) for name in tuckaway.__all__)
+    own = [name for name in tuckaway.__all__ if name not in errors.__all__]
+    assert own == sorted(own)
+    assert len(set(tuckaway.__all__)) == len(tuckaway.__all__)
+
+
+def test_the_names_people_type() -> None:
+    assert {
+        "QuantizationConfig",
+        "QuantizedTensor",
+        "cpu_offload",
+        "disk_offload",
+        "dispatch_model",
+        "get_balanced_memory",
+        "infer_auto_device_map",
+        "init_empty_weights",
+        "init_on_device",
+        "load_and_quantize_model",
+        "load_checkpoint_and_dispatch",
+        "materialize",
+        "memory_footprint",
+        "quantize",
+        "save_model",
+        "TuckawayError",
+        "KeyMismatch",
+    } <= set(tuckaway.__all__)
+
+
+def test_every_error_is_public() -> None:
+    assert {name for name in errors.__all__ if name != "nearest_names"} <= set(tuckaway.__all__)
+    assert "nearest_names" not in tuckaway.__all__
+
+
+def test_every_public_name_says_what_it_is() -> None:
+    assert [name for name in tuckaway.__all__ if not (getattr(tuckaway, name).__doc__ or "").strip()] == []
+
+
+def test_import_brings_no_optional_library_and_touches_no_accelerator() -> None:
+    script = """
+        import json, sys
+        import torch
+
+        touched = []
+        for name in ("_lazy_init", "init"):
+            setattr(torch.cuda, name, lambda *a, **k: touched.append("cuda"))
+        import tuckaway
+
+        names = ("transformers", "bitsandbytes", "peft", "typer", "rich", "triton", "gguf", "diffusers")
+        print(json.dumps([
+            [name for name in names if name in sys.modules],
+            touched,
+            torch.cuda.is_initialized(),
+        ]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:tuckaway", "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == [[], [], False]
