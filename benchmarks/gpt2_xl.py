@@ -4,7 +4,9 @@
 
 The checkpoint is written by ``benchmarks/material.py``. Every case runs in a process of its own, so that no case finds
 memory or caches of another. ``bytes_gpu`` is what tensors take (``memory_allocated``), ``peak_gpu`` its maximum while
-loading. Warm: the files were read once before. Cold: their pages were dropped from the page cache first.
+loading. ``first_seconds`` is the load that memory was watched in, kernels not yet compiled for its shapes;
+``seconds`` a second one in the same process. Warm: the files were read once before. Cold: their pages were dropped from
+the page cache first.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -66,8 +69,6 @@ def warm_up_gpu(config: dict[str, Any]) -> None:
 
 
 def ours(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
-    import tempfile
-
     from mingpt_gpt2 import GPT, SIZES
 
     import tuckaway
@@ -75,14 +76,13 @@ def ours(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     case = dict(case)
     place = {key: case.pop(key) for key in ("device_map", "main_device") if key in case}
     warm_up_gpu(case)
-    with tuckaway.init_empty_weights():
-        model = GPT(*SIZES["gpt2-xl"])
-    model.eval()
-    torch.cuda.reset_peak_memory_stats()
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, PeakHost() as host:
+
+    def load(scratch: str) -> tuple[torch.nn.Module, float]:
+        with tuckaway.init_empty_weights():
+            model = GPT(*SIZES["gpt2-xl"])
         began = time.perf_counter()
         model = tuckaway.load_and_quantize_model(
-            model,
+            model.eval(),
             tuckaway.QuantizationConfig(**case),
             weights_location=folder,
             no_split_module_classes=["Block"],
@@ -91,17 +91,29 @@ def ours(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
             **place,
         )
         torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
+        return model, time.perf_counter() - began
+
+    torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        with PeakHost() as host:
+            model, first_seconds = load(scratch)
         result = {
-            "seconds": round(seconds, 3),
+            "first_seconds": round(first_seconds, 3),
             "bytes_gpu": torch.cuda.memory_allocated(),
             "peak_gpu": torch.cuda.max_memory_allocated(),
             "footprint": tuckaway.memory_footprint(model, by_device=True),
+            "private_peak_host": host.peak - host.start,
         }
         result |= run(model)
         tuckaway.materialize(model)
-    result["private_peak_host"] = host.peak - host.start
-    return result
+    del model
+    torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory(
+        dir=folder.parent
+    ) as scratch:  # Triton's kernels compiled, nobody watching
+        model, seconds = load(scratch)
+        tuckaway.materialize(model)
+    return {"seconds": round(seconds, 3)} | result
 
 
 def accelerate_bitsandbytes(folder: Path, format: str) -> dict[str, Any]:

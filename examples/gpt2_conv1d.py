@@ -18,7 +18,8 @@ import tuckaway
 
 def main() -> None:
     torch.manual_seed(0)
-    architecture = GPT2Config(n_layer=3, n_head=4, n_embd=128, vocab_size=512, n_positions=64)
+    sizes = {"n_layer": 3, "n_head": 4, "n_embd": 128, "vocab_size": 512, "n_positions": 64}
+    architecture = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
     with tempfile.TemporaryDirectory() as folder:
         original = GPT2LMHeadModel(architecture).eval()
         original.save_pretrained(folder)

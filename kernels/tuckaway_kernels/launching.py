@@ -1,8 +1,8 @@
 """How every kernel of the package is launched: on the right device, and quickly.
 
 Triton's own ``kernel[grid](...)`` looks at every argument in Python to find the compiled kernel, 85 us a launch on the
-slow host of an H100. `Launch` fixes everything but the tensors once, so that what is left to look at is their dtypes and
-addresses; the compiled kernel is then called as Triton itself calls it. It serves CUDA GPUs. Elsewhere (Triton's
+slow host of an H100. `Launch` fixes everything but the tensors once, so that what is left to look at is their dtypes
+and addresses; the compiled kernel is then called as Triton itself calls it. It serves CUDA GPUs. Elsewhere (Triton's
 interpreter, ROCm, XPU), under a profiler's launch hooks, and at the first call, Triton's own way is taken.
 """
 

@@ -102,7 +102,8 @@ def choose_int8(
         return None
     entry = _measured(device, "linear_int8", m, rows, cols, False) or {}
     if m == 1 or (m <= 4 and (cols % 128 or compute_dtype == torch.float32)):
-        columns = min(entry.get("columns") or 2048, max(1 << (cols - 1).bit_length(), 512))
+        widest = entry["columns"] if entry.get("kernel") == "gemv" else 2048
+        columns = min(widest, max(1 << (cols - 1).bit_length(), 512))
         return Choice("gemv", 4, max(columns // 512, 1), columns=columns)
     if compute_dtype == torch.float32 or cols % 128:
         return None

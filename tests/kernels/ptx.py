@@ -1,7 +1,7 @@
 """The few PTX instructions the kernels use, in numpy, so that Triton's interpreter can run kernels that contain them.
 
-``install()`` teaches the interpreter of this process ``inline_asm_elementwise``. Registers are arrays of uint32 (fp32 by their
-bits); a packed operand of 8- or 16-bit elements takes one register for 4 or 2 of them, as on the GPU.
+``install()`` teaches the interpreter of this process ``inline_asm_elementwise``. Registers are arrays of uint32 (fp32
+by their bits); a packed operand of 8- or 16-bit elements takes one register for 4 or 2 of them, as on the GPU.
 """
 
 from __future__ import annotations
@@ -138,7 +138,14 @@ def install() -> None:
     from triton.runtime import interpreter
 
     def elementwise(
-        asm: Any, constraints: Any, args: Any, dtype: Any, is_pure: Any, pack: Any, _semantic: Any = None, **_: Any
+        asm: Any,
+        constraints: Any,
+        args: Any,
+        dtype: Any,
+        is_pure: Any,
+        pack: Any,
+        _semantic: Any = None,
+        **_: Any,
     ) -> Any:
         def plain(v: Any) -> Any:
             return v.value if isinstance(v, tl.constexpr) else v

@@ -1,10 +1,10 @@
 """Decode 4-bit codes eight at a time: a 32-bit word of codes to eight fp16 values of the codebook.
 
 The product at small batch is bound by integer instructions (64 lanes a clock on an H100), not by memory, so they are
-counted here: 21 for a word. The fp16 codebook is two tables of 16 bytes (high bytes, low bytes), four registers each. A byte
-permute looks four codes up in eight entries at once; its selector is the word itself without the codes' top bits, and the
-top bits select between the results for the lower and the upper eight entries. fp16 rather than bf16 because bf16 codes
-alone make an error of 1.4e-3 in the product, fp16 codes 1.8e-4.
+counted here: 21 for a word. The fp16 codebook is two tables of 16 bytes (high bytes, low bytes), four registers each.
+A byte permute looks four codes up in eight entries at once; its selector is the word itself without the codes' top
+bits, and the top bits select between the results for the lower and the upper eight entries. fp16 rather than bf16
+because bf16 codes alone make an error of 1.4e-3 in the product, fp16 codes 1.8e-4.
 """
 # mypy: ignore-errors
 
@@ -22,7 +22,8 @@ def _tables(format: str) -> list[str]:
     """PTX that puts the fp16 codebook in eight registers: high bytes of codes 0 to 15 in t0..t3, low bytes in t4..t7.
 
     Plain constants would land in uniform registers, of which an instruction takes one, and each permute would cost a
-    move. Adding what only the hardware knows to be zero keeps them in ordinary registers; it is done once, before the loop.
+    move. Adding what only the hardware knows to be zero keeps them in ordinary registers; it is done once, before the
+    loop.
     """
     bits = [struct.unpack("<H", struct.pack("<e", v))[0] for v in CODEBOOKS[format]]
     lines = ["mov.u32 p, %lanemask_eq;", "mov.u32 q, %lanemask_lt;", "and.b32 p, p, q;"]
@@ -35,7 +36,7 @@ def _tables(format: str) -> list[str]:
 
 
 def _decode(word: str, pairs: list[str], wide: bool, halves: tuple[int, ...] = (0, 1)) -> list[str]:
-    """PTX that decodes ``word`` to ``pairs``, two for each half word; ``wide``: shift by multiplying, on the other pipe.
+    """PTX that decodes ``word`` to ``pairs``, two a half word; ``wide``: shift by multiplying, on the other pipe.
 
     A byte of codes holds weight 2i in its high nibble, so the permuted bytes are those of weights 1, 0, 3, 2.
     """

@@ -1,9 +1,9 @@
 """Multiply few rows of ``x`` by a 4-bit matrix in bitsandbytes' own layout, decoding in registers.
 
-``gemv_kernel`` (1 to 4 rows of x) has no tensor cores: a thread takes 32 weights of a row (four words), decodes them to fp16
-pairs and multiplies them by pairs of x with two fp16 multiply-adds an instruction. The fp16 sums are 16 terms long (error
-4e-4 of the result, below the 1.7e-3 of rounding the result to bf16), then scaled and added in fp32. x is brought to the
-range of fp16 by a power of two of each 32 values' own, so that nothing overflows and nothing is lost.
+``gemv_kernel`` (1 to 4 rows of x) has no tensor cores: a thread takes 32 weights of a row (four words), decodes them to
+fp16 pairs and multiplies them by pairs of x with two fp16 multiply-adds an instruction. The fp16 sums are 16 terms long
+(error 4e-4 of the result, below the 1.7e-3 of rounding the result to bf16), then scaled and added in fp32. x is brought
+to the range of fp16 by a power of two of each 32 values' own, so that nothing overflows and nothing is lost.
 
 ``mma_kernel`` (from 5 rows) multiplies a block's 64 unscaled codes by x with tensor cores, W as the left operand from
 registers, and scales each block's product in fp32.
@@ -54,7 +54,7 @@ def four_words(words, HALVES: tl.constexpr):
 def x_pairs(x, first, halves, HALVES: tl.constexpr, BF16: tl.constexpr):
     """32 values of x a thread as 16 words of two fp16, and the power of two they were divided by: [HALVES] each.
 
-    The power is taken from the largest of the 32, which comes to 2**10 .. 2**11: a sum of 16 products stays below 2**15.
+    The power is taken from the largest of the 32, which comes to 2**10 .. 2**11: 16 products add up to less than 2**15.
     """
     word = tl.arange(0, HALVES * 4)
     place = (first + word // 4) * 16 + word % 4
@@ -157,10 +157,11 @@ def gemv_kernel(
     CHAINS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """x [M, cols] as int32 of two values; codes as int32 of eight; out [M, rows], or fp32 [SPLIT, M, rows] if SPLIT > 1.
+    """x [M, cols] as int32 of two values; codes as int32 of eight; out [M, rows], fp32 [SPLIT, M, rows] if SPLIT > 1.
 
-    A program takes ROWS rows, and HALVES runs of 32 columns at a time, of the ``split_halves`` that are its share. HALVES is
-    32 for each warp: a thread takes one run. Rows come one after the other, so that few registers hold decoded weights.
+    A program takes ROWS rows, and HALVES runs of 32 columns at a time, of the ``split_halves`` that are its share.
+    HALVES is 32 for each warp: a thread takes one run. Rows come one after the other, so that few registers hold
+    decoded weights.
     CHAINS: 1, or 2 for fp16 sums half as long. cols is a multiple of 32; rows, of ROWS; M * ROWS is a power of two.
     """
     PER_BLOCK: tl.constexpr = BLOCKSIZE // 32
@@ -170,7 +171,7 @@ def gemv_kernel(
     end = tl.minimum(begin + split_halves, halves)
     zero = tl.zeros([HALVES], dtype=tl.float32)
     totals = ()
-    for i in tl.static_range(M * ROWS):
+    for _ in tl.static_range(M * ROWS):
         totals = totals + (zero,)
     word = tl.arange(0, HALVES * 4)
     half = tl.arange(0, HALVES)
@@ -237,7 +238,7 @@ def plain_kernel(
     NESTED: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    """The same product in fp32 by table, for devices without PTX, and any number of columns: x [m, cols], out [m, rows].
+    """The same product in fp32 by table, without PTX, for any number of columns: x [m, cols], out [m, rows].
 
     M rows of x a program. Blocks may begin anywhere.
     """

@@ -22,12 +22,14 @@ def find_outliers_kernel(x, flags, threshold, m, cols, ROWS: tl.constexpr, COLUM
     A program takes COLUMNS columns of ROWS rows. Several may write the same 1.
     """
     limit = tl.load(threshold)
-    row = tl.program_id(1) * ROWS
+    first = tl.program_id(1) * ROWS
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    at = x + first.to(tl.int64) * cols + column
     largest = tl.zeros([COLUMNS], dtype=tl.float32)
-    for r in range(row, tl.minimum(row + ROWS, m)):
-        value = load_half(x + r.to(tl.int64) * cols + column, column < cols)
+    for _ in range(first, tl.minimum(first + ROWS, m)):
+        value = load_half(at, column < cols)
         largest = tl.maximum(largest, tl.where(value == value, tl.abs(value), 0.0))
+        at += cols
     one = tl.full([COLUMNS], 1, dtype=tl.int8)
     tl.store(flags + column, one, mask=(column < cols) & (largest >= limit))
 
@@ -112,7 +114,7 @@ def integer_kernel(
         inside = step * COLUMNS + column < cols
         code = tl.load(code_at + step * COLUMNS, mask=row_mask[:, None] & inside[None, :], other=0)
         value = tl.load(x_at + step * COLUMNS, mask=x_mask[None, :] & inside[:, None], other=0)
-        acc = tl.dot(code, value, acc)
+        acc = tl.dot(code, value, acc, out_dtype=tl.int32)
     at = out + (tl.program_id(1).to(tl.int64) * m + x_row[None, :]) * rows + row[:, None]
     tl.store(at, acc, mask=row_mask[:, None] & x_mask[None, :])
 
@@ -149,17 +151,17 @@ def rescale_kernel(
     x_mask = x_row < m
     mask = x_mask[:, None] & row_mask[None, :]
     at = x_row[:, None] * rows + row[None, :]
+    size = tl.full([1, 1], 1, dtype=tl.int64) * m * rows
     total = tl.load(product + at, mask=mask, other=0)
     for i in tl.static_range(1, SPLIT):
-        total += tl.load(product + i * m.to(tl.int64) * rows + at, mask=mask, other=0)
+        total += tl.load(product + size * i + at, mask=mask, other=0)
     weight_scale = tl.load(absmax + row, mask=row_mask, other=0.0)
     scaled = total.to(tl.float32) * tl.load(x_scales + x_row, mask=x_mask, other=0.0)[:, None]
     scaled = scaled * weight_scale[None, :]
     if BIAS == 1:
         added = tl.load(bias + row, mask=row_mask, other=0.0).to(tl.float32)
-        result = tl.fma(
-            scaled, tl.full(scaled.shape, INVERSE_127_SQUARED, tl.float32), added[None, :] + scaled * 0.0
-        )
+        factors = tl.full([M, ROWS], INVERSE_127_SQUARED, dtype=tl.float32)
+        result = tl.fma(scaled, factors, tl.broadcast_to(added[None, :], [M, ROWS]))
         result = result.to(tl.float16).to(tl.float32)
     else:
         result = (scaled * INVERSE_127_SQUARED).to(tl.float16).to(tl.float32)

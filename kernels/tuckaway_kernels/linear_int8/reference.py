@@ -2,10 +2,10 @@
 
 Without a threshold the weights are decoded and multiplied in ``compute_dtype``, a piece at a time (`pieces`).
 
-With one it is LLM.int8() (arXiv 2208.07339), with the constants of bitsandbytes' CUDA kernels. ``x`` is rounded to fp16.
-An entry is an outlier if its magnitude is at least the threshold (0.0: there are none). Each row of ``x`` is quantized
-as rows of weights are (`quantize_int8`), its scale taken over the entries that are no outliers; columns with an outlier
-are zeroed and multiplied apart, in the dtype of ``x``, by decoded weights:
+With one it is LLM.int8() (arXiv 2208.07339), with the constants of bitsandbytes' CUDA kernels. ``x`` is rounded to
+fp16. An entry is an outlier if its magnitude is at least the threshold (0.0: there are none). Each row of ``x`` is
+quantized as rows of weights are (`quantize_int8`), its scale taken over the entries that are no outliers; columns with
+an outlier are zeroed and multiplied apart, in the dtype of ``x``, by decoded weights:
 
     y = fp16(product * absmax_x * absmax_w * 6.200012e-05 + bias),    y = y + x[:, outliers] @ W[:, outliers]^T
 
@@ -78,7 +78,7 @@ def linear_int8(
 
 
 def quantize_activations(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize rows of ``x`` fp16 ``[M, K]``: int8 codes, outlier entries zero, and fp32 absmax ``[M]`` over the others."""
+    """Quantize rows of ``x`` fp16 ``[M, K]``: int8 codes, outliers zero, and fp32 absmax ``[M]`` over the others."""
     values = x.float()
     if threshold > 0.0:
         values = values.masked_fill(values.abs() >= threshold, 0.0)

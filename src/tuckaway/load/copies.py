@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import torch
 
 from tuckaway.checkpoint import Piece, Request, TensorEntry, stream
@@ -46,10 +48,10 @@ def _equal(one: TensorEntry, other: TensorEntry, dtype: torch.dtype | None, piec
     count = max(piece_bytes // max(one.dtype.itemsize, other.dtype.itemsize), 1)
     left = stream([Request(one)], piece_bytes=count * one.dtype.itemsize)
     right = stream([Request(other)], piece_bytes=count * other.dtype.itemsize)
-    for a, b in zip(left, right, strict=True):
-        if not torch.equal(_as_seen(a, dtype), _as_seen(b, dtype)):
-            return False
-    return True
+    with closing(left), closing(right):  # type: ignore[type-var]
+        return all(
+            torch.equal(_as_seen(a, dtype), _as_seen(b, dtype)) for a, b in zip(left, right, strict=True)
+        )
 
 
 def _as_seen(piece: Piece, dtype: torch.dtype | None) -> torch.Tensor:

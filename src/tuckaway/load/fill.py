@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 
 import torch
 
-from tuckaway.checkpoint import Piece, Request, Ring, stream
+from tuckaway.checkpoint import Request, Ring, stream
 from tuckaway.formats import Components
 from tuckaway.load.match import Feed
 from tuckaway.load.place import Destination
@@ -66,7 +66,8 @@ def fill(
     fillings: dict[tuple[str, ...], _Filling] = {}
     sinks: dict[str, Sink] = {}
     # closed at once when a sink fails: the traceback would keep the file and the thread that reads ahead
-    with torch.no_grad(), closing(_stream(requests, piece_bytes, progress)) as pieces:
+    reading = stream(requests, piece_bytes=piece_bytes, progress=progress, ring=ring)
+    with torch.no_grad(), closing(reading) as pieces:  # type: ignore[type-var]
         for piece in pieces:
             name = piece.entry.name
             feed, component = owner[name]
@@ -84,10 +85,6 @@ def fill(
                 filling.finished_one()
                 if filling.open == 0:
                     del fillings[feed.names]
-
-
-def _stream(requests: list[Request], piece_bytes: int, progress: bool | None) -> Generator[Piece, None, None]:
-    yield from stream(requests, piece_bytes=piece_bytes, progress=progress)
 
 
 def _piece_rules(feed: Feed) -> tuple[int, bool]:

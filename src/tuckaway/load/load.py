@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -267,7 +268,36 @@ def run(
     )
     check_kept(model, match)
     check_copies(match, piece_bytes=PIECE_BYTES)
-    with ExitStack() as undo, _out_of_memory_named():
+    message = None
+    try:
+        _carry_out(model, checkpoint, match, plan, offload_folder, skip_keys=skip_keys, progress=progress)
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not _means_out_of_memory(error):
+            raise
+        message = str(error).partition("\n")[0]
+    if message is not None:
+        # out here, where that error is not its context: its traceback would keep everything loaded so far alive
+        raise LoadOutOfMemoryError(
+            f"memory ran out while loading: {message}",
+            hint="place less on this device with max_memory or device_map",
+        )
+    model.hf_device_map = dict(placement)  # type: ignore[assignment]
+    model.quantization_report = quantization_report(specs, reasons, placement, ties=groups)  # type: ignore[assignment]
+    return model
+
+
+def _carry_out(
+    model: nn.Module,
+    checkpoint: Checkpoint | None,
+    match: Match,
+    plan: PagePlan,
+    offload_folder: str | Path | None,
+    *,
+    skip_keys: str | Sequence[str] | None,
+    progress: bool | None,
+) -> None:
+    """Read and bind; whatever fails, nothing has happened."""
+    with ExitStack() as undo:
         homes = None
         if plan.pages:
             fingerprint = _fingerprint(checkpoint, _kept_on_disk(model, match, plan))
@@ -280,14 +310,11 @@ def run(
             materialize(model)  # all of it is resident: only hooks are removed
         undo.callback(restoration(model))
         bind_resident(model, match, resident)
-        bind_kept(model, match, specs, plan.resident.get)
-        if plan.pages or plan.moved or executing.type != "cpu":
+        bind_kept(model, match, plan.specs, plan.resident.get)
+        if plan.pages or plan.moved or plan.execution_device.type != "cpu":
             attach(model, plan, homes, skip_keys=skip_keys)
         # else there is nothing to bring anywhere: an ordinary model, which can be copied, pickled and moved
         undo.pop_all()
-    model.hf_device_map = dict(placement)  # type: ignore[assignment]
-    model.quantization_report = quantization_report(specs, reasons, placement, ties=groups)  # type: ignore[assignment]
-    return model
 
 
 def _read(
@@ -390,18 +417,12 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-@contextmanager
-def _out_of_memory_named() -> Iterator[None]:
-    try:
-        yield
-    except TuckawayError:
-        raise
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        # without the cause: its traceback would keep everything loaded so far alive
-        message = str(error).partition("\n")[0]
-    else:
-        return
-    raise LoadOutOfMemoryError(
-        f"memory ran out while loading: {message}",
-        hint="place less on this device with max_memory or device_map",
+def _means_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, TuckawayError):
+        return False
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM  # mmap
+    # torch's CPU allocator raises a bare RuntimeError
+    return not isinstance(error, RuntimeError) or (
+        isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
     )

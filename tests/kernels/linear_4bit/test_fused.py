@@ -15,7 +15,7 @@ OPS = torch.ops.tuckaway
 FUSED = "tuckaway_kernels.linear_4bit.fused"
 
 # sums of 16 fp16 products (8 for fp16 x) against fp16 codes alone, both next to the rounding of x, which is exact here
-OWN_ERROR = {"gemv": 1e-3, "mma": 4e-4}
+OWN_ERROR = {"gemv": 1.5e-3, "mma": 4e-4}
 
 
 @pytest.fixture
@@ -47,7 +47,9 @@ def run(interpret: Callable[..., Any]) -> Callable[..., Any]:
         out = torch.full((m, rows), torch.nan)
         arguments = (x, codes, *parts, added, out, format, blocksize, choice)
         given = [a for a in arguments if isinstance(a, torch.Tensor)]
-        result = interpret(FUSED, "fused_product", *arguments)[next(i for i, a in enumerate(given) if a is out)]
+        result = interpret(FUSED, "fused_product", *arguments)[
+            next(i for i, a in enumerate(given) if a is out)
+        ]
         weight = OPS.dequantize_4bit(codes, absmax, format, blocksize, (rows, cols), torch.float32)
         exact = x.double() @ weight.double().t() + (0 if added is None else added.double())
         return float((result.double() - exact).norm() / exact.norm())
@@ -59,9 +61,7 @@ def run(interpret: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("m", [1, 2, 3, 4])
-def test_gemv(
-    run: Callable[..., float], m: int, dtype: torch.dtype, nested: bool, format: str
-) -> None:
+def test_gemv(run: Callable[..., float], m: int, dtype: torch.dtype, nested: bool, format: str) -> None:
     choice = Choice("gemv", 4, 1, tile_m=4 if m == 3 else m)
     assert run(choice, 8, 352, m, format=format, nested=nested, dtype=dtype) < OWN_ERROR["gemv"]
 

@@ -1,0 +1,283 @@
+"""Products with quantized weights through ``F.linear``: on the GPU by CUDA graph, and what a call costs the host.
+
+    python benchmarks/kernels.py [--out FOLDER] [--seconds 150] [--peers FOLDER]
+
+GPU: a graph of calls over copies of the weight that together exceed the second-level cache (50 MB on an H100), so that
+every call reads its weight from memory; the median of 7 replays, divided by the calls. Each product is compared with
+float64 before it is timed. Host: 1,000 eager calls without waiting for the GPU. In the same run: torch's own bf16 (fp16
+next to int8) product, and bitsandbytes where it is installed (or unpacked in the folder of ``--peers``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import RESULTS, save
+
+import tuckaway
+
+SHAPES = [(8192, 8192), (4096, 4096), (11008, 4096), (28672, 8192)]
+BATCHES = [1, 4, 16, 64, 128, 512, 4096]
+INT8_SHAPE = (4096, 4096)
+INT8_BATCHES = [1, 16, 512, 4096]
+CACHE = 120e6  # bytes; the second-level cache of an H100 has 50 MB
+WRONG = 4e-3  # relative error; rounding to bf16 alone makes 1.7e-3, weights rounded to bf16 2.4e-3
+WRONG_INT8 = 2e-2  # codes of activations have 8 bits
+
+Call = Callable[[int], torch.Tensor]
+
+
+def microseconds(call: Call, calls: int) -> float:
+    """Return the median GPU time of a call; ``call(i)`` multiplies by copy ``i`` of the weight."""
+    for i in range(3):
+        call(i)
+    torch.cuda.synchronize()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call(0)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            for i in range(calls):
+                call(i)
+    times = []
+    for _ in range(9):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / calls)
+    return round(sorted(times[2:])[3], 2)
+
+
+def host_microseconds(call: Callable[[], torch.Tensor], calls: int = 1000) -> float:
+    """Return the time of a call until it returns, the GPU not waited for."""
+    for _ in range(20):
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    taken = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return round(taken / calls * 1e6, 1)
+
+
+def error(result: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> float:
+    """Return the relative distance of the product of at most 16 rows from the one in float64."""
+    rows = x[:16].double()
+    exact = torch.cat([rows @ part.double().t() for part in weight.split(2048)], 1)
+    return float((result[:16].double() - exact).norm() / exact.norm())
+
+
+def peer() -> Any:
+    """Return bitsandbytes, or None."""
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError:
+        return None
+
+
+class Run:
+    """Collects results until the time is up."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+        self.results: list[dict[str, Any]] = []
+        self.late = 0
+
+    def measure(self, call: Call, x: torch.Tensor, weight: torch.Tensor, wrong: float, **about: Any) -> None:
+        """Check one product, then time it; a wrong or failing one is recorded and not timed."""
+        if time.monotonic() > self.end:
+            self.late += 1
+            return
+        row: dict[str, Any] = {**about, "m": x.shape[0]}
+        try:
+            row["error"] = error(call(0), x, weight)
+            if row["error"] < wrong:
+                row["us"] = microseconds(call, 24 if x.shape[0] <= 64 and weight.numel() < 1e8 else 8)
+            else:
+                row["wrong"] = True
+        except (RuntimeError, ValueError, AttributeError) as failure:
+            row["failed"] = repr(failure)[:200]
+        self.add(row)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Record and print one result."""
+        self.results.append(row)
+        print({k: f"{v:.2e}" if k == "error" else v for k, v in row.items()}, flush=True)
+
+
+def four_bit(run: Run) -> None:
+    bnb = peer()
+    for rows, cols in SHAPES:
+        about = {"shape": [rows, cols]}
+        copies = max(2, min(24, math.ceil(CACHE / (rows * cols * 0.53))))
+
+        def fresh(rows: int = rows, cols: int = cols) -> torch.Tensor:
+            return torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16) * 0.02
+
+        plain = [fresh() for _ in range(2)]
+        for m in BATCHES:
+            x = torch.randn(m, cols, device="cuda", dtype=torch.bfloat16)
+            run.measure(
+                lambda i, x=x, plain=plain: F.linear(x, plain[i % 2]),
+                x,
+                plain[0],
+                WRONG,
+                what="bf16",
+                **about,
+            )
+        del plain
+        for nested in (False, True):
+            config = tuckaway.QuantizationConfig(format="nf4", nested=nested)
+            ours = [tuckaway.quantize(fresh(), config) for _ in range(copies)]
+            decoded = ours[0].dequantize(torch.float32)
+            name = "nf4 nested" if nested else "nf4"
+            for m in BATCHES:
+                x = torch.randn(m, cols, device="cuda", dtype=torch.bfloat16)
+                run.measure(
+                    lambda i, x=x, ours=ours: F.linear(x, ours[i % len(ours)]),
+                    x,
+                    decoded,
+                    WRONG,
+                    what=name,
+                    **about,
+                )
+            del ours, decoded
+            if bnb is None:
+                continue
+            theirs = [
+                bnb.functional.quantize_4bit(
+                    fresh(), blocksize=64, quant_type="nf4", compress_statistics=nested
+                )
+                for _ in range(copies)
+            ]
+            decoded = bnb.functional.dequantize_4bit(*theirs[0]).float()
+            for m in BATCHES:
+                x = torch.randn(m, cols, device="cuda", dtype=torch.bfloat16)
+
+                def call(i: int, x: torch.Tensor = x, theirs: Any = theirs) -> torch.Tensor:
+                    codes, state = theirs[i % len(theirs)]
+                    return bnb.matmul_4bit(x, codes.t(), state)
+
+                run.measure(call, x, decoded, WRONG, what=f"bitsandbytes {name}", **about)
+            del theirs, decoded
+
+
+def int8(run: Run) -> None:
+    bnb = peer()
+    rows, cols = INT8_SHAPE
+    about = {"shape": [rows, cols]}
+    copies = math.ceil(CACHE / (rows * cols))
+
+    def activations(m: int, dtype: torch.dtype, outliers: bool) -> torch.Tensor:
+        x = torch.randn(m, cols, device="cuda", dtype=dtype)
+        if outliers:
+            x[:, ::400] *= 20
+        return x
+
+    weights = [torch.randn(rows, cols, device="cuda", dtype=torch.float16) * 0.02 for _ in range(copies)]
+    for m in INT8_BATCHES:
+        x = activations(m, torch.float16, False)
+        run.measure(
+            lambda i, x=x: F.linear(x, weights[i % copies]), x, weights[0], WRONG, what="fp16", **about
+        )
+    for threshold in (None, 6.0):
+        config = tuckaway.QuantizationConfig(format="int8", int8_threshold=threshold, compute_dtype=None)
+        ours = [tuckaway.quantize(w, config) for w in weights]
+        decoded = ours[0].dequantize(torch.float32)
+        name = "int8 weights alone" if threshold is None else "LLM.int8(), threshold 6"
+        limit = WRONG if threshold is None else WRONG_INT8
+        for m in INT8_BATCHES:
+            x = activations(m, torch.bfloat16 if threshold is None else torch.float16, threshold is not None)
+            run.measure(
+                lambda i, x=x, ours=ours: F.linear(x, ours[i % copies]), x, decoded, limit, what=name, **about
+            )
+    if bnb is None:
+        return
+    modules = []
+    for w in weights:
+        module = bnb.nn.Linear8bitLt(cols, rows, bias=False, has_fp16_weights=False, threshold=6.0)
+        module.weight = bnb.nn.Int8Params(w.cpu(), requires_grad=False, has_fp16_weights=False)
+        modules.append(module.cuda())
+        if len(modules) == 4:  # 67 MB: past the cache
+            break
+    for m in INT8_BATCHES:
+        x = activations(m, torch.float16, True)
+        # it asks the GPU which columns are outliers, which no graph can record: eager
+        with torch.no_grad():
+            row: dict[str, Any] = {**about, "what": "bitsandbytes LLM.int8(), threshold 6, eager", "m": m}
+            row["error"] = error(modules[0](x), x, weights[0])
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for i in range(20):
+                modules[i % len(modules)](x)
+            end.record()
+            torch.cuda.synchronize()
+            row["us"] = round(start.elapsed_time(end) * 1e3 / 20, 1)
+            run.add(row)
+
+
+def host(run: Run) -> None:
+    """Time eager calls on a weight so small that the GPU keeps up."""
+    bnb = peer()
+    rows = cols = 512
+    for dtype, what in ((torch.bfloat16, "nf4"), (torch.bfloat16, "nf4 nested"), (torch.float16, "int8")):
+        x = torch.randn(1, cols, device="cuda", dtype=dtype)
+        weight = torch.randn(rows, cols, device="cuda", dtype=dtype)
+        linear = torch.nn.Linear(cols, rows, bias=False, device="cuda", dtype=dtype)
+        calls: dict[str, Callable[[], torch.Tensor]] = {"nn.Linear": lambda linear=linear, x=x: linear(x)}
+        config = tuckaway.QuantizationConfig(
+            format=what.split()[0], nested=what.endswith("nested"), compute_dtype=None
+        )
+        ours = tuckaway.quantize(weight, config)
+        calls[what] = lambda x=x, ours=ours: F.linear(x, ours)
+        if bnb is not None and what != "int8":
+            codes, state = bnb.functional.quantize_4bit(
+                weight, blocksize=64, quant_type="nf4", compress_statistics=what.endswith("nested")
+            )
+            calls[f"bitsandbytes {what}"] = lambda x=x, c=codes, s=state: bnb.matmul_4bit(x, c.t(), s)
+        elif bnb is not None:
+            module = bnb.nn.Linear8bitLt(cols, rows, bias=False, has_fp16_weights=False, threshold=6.0)
+            module.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+            calls["bitsandbytes int8"] = module.cuda()
+            calls["bitsandbytes int8"] = lambda x=x, module=module: module(x)
+        for name, call in calls.items():
+            for grad in (False, True):
+                with torch.set_grad_enabled(grad):
+                    run.add({"host_us": host_microseconds(call), "what": name, "m": 1, "grad_mode": grad})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--seconds", type=float, default=150, help="nothing new is begun after this many")
+    parser.add_argument("--peers", type=Path, help="a folder with bitsandbytes unpacked in it")
+    options = parser.parse_args()
+    if options.peers is not None:
+        sys.path.insert(0, str(options.peers))
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA GPU")
+    torch.manual_seed(0)
+    run = Run(options.seconds)
+    for part in (host, int8, four_bit):
+        with torch.no_grad():
+            part(run)
+        save("kernels", {"results": run.results, "not_measured_for_want_of_time": run.late}, options.out)
+    print(f"{len(run.results)} results, {run.late} left out for want of time")
+
+
+if __name__ == "__main__":
+    main()

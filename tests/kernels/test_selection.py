@@ -1,0 +1,68 @@
+"""The choices of kernels: every one must be within what its kernel can do, on GPUs measured and not."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+import tuckaway_kernels.selection as selection
+from tuckaway_kernels.selection import Choice, choose_4bit, choose_int8, fuses
+
+GPU = torch.device("cuda", 0)
+BATCHES = [0, 1, 2, 3, 4, 5, 16, 17, 64, 65, 128, 129, 4096]
+SHAPES = [(1, 1), (7, 33), (33, 96), (50_257, 1600), (6400, 1600), (4096, 4096), (8192, 8192), (28_672, 8192)]
+
+
+@pytest.fixture(params=["NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090"])
+def _gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: request.param)
+    monkeypatch.setattr(selection, "processors", lambda device: 132)
+    selection._entries.cache_clear()
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_4bit_choices_keep_to_their_kernels_rules() -> None:
+    found = set()
+    for m, (rows, cols), blocksize, nested in product(BATCHES, SHAPES, [32, 64, 4096], [True, False]):
+        choice = choose_4bit(GPU, m, rows, cols, blocksize, nested)
+        if choice is None:
+            assert m in (0, 129, 4096) or cols % 32 or (m > 4 and (cols % 64 or blocksize < 64))
+        elif choice.kernel == "gemv":
+            assert m <= 4
+            assert choice.tile_m in (1, 2, 4)
+            assert choice.tile_m >= m
+            assert rows % choice.tile_rows == cols % 32 == 0
+        else:
+            assert blocksize >= 64
+            assert cols % (64 * choice.blocks) == 0
+            assert choice.warps <= 2  # with 4 it is wrong on Hopper
+        found.add(choice)
+    assert None in found
+    assert {c.kernel for c in found if c} == {"gemv", "mma"}
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_int8_choices_keep_to_their_kernels_rules() -> None:
+    for m, (rows, cols), dtype in product(BATCHES, SHAPES, [torch.float32, torch.bfloat16]):
+        choice = choose_int8(GPU, m, rows, cols, dtype)
+        if choice is not None and choice.kernel == "mma":
+            assert dtype != torch.float32
+            assert cols % choice.columns == 0
+        elif choice is not None:
+            assert m <= 4
+            assert choice.columns % 512 == 0
+
+
+def test_the_measured_table_is_used_on_the_gpu_it_was_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    selection._entries.cache_clear()
+    assert choose_4bit(GPU, 1, 8192, 8192, 64, False) == Choice("gemv", 8, 8, 1)
+    assert choose_4bit(GPU, 1, 4096, 4096, 64, False) == Choice("gemv", 8, 4, 1)
+    selection._entries.cache_clear()
+
+
+def test_devices_without_ptx_take_no_ptx() -> None:
+    assert not fuses(torch.device("cpu"))
+    assert not fuses(torch.device("xpu", 0))
