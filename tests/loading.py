@@ -147,7 +147,9 @@ def decoded_by_bitsandbytes(state: dict[str, torch.Tensor]) -> torch.Tensor:
     """
     from bitsandbytes.functional import QuantState, dequantize_blockwise
 
-    stats = {f"weight.{key.removeprefix('weight.')}": value for key, value in state.items() if key != "weight"}
+    stats = {
+        f"weight.{key.removeprefix('weight.')}": value for key, value in state.items() if key != "weight"
+    }
     quantized = QuantState.from_dict(dict(stats), device=torch.device("cpu"))
     scales = quantized.absmax
     if quantized.nested:

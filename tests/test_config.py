@@ -21,7 +21,11 @@ class TestOwn:
         config = QuantizationConfig()
         assert (config.format, config.nested, config.blocksize) == ("nf4", True, 64)
         assert (config.compute_dtype, config.dtype, config.int8_threshold) == (torch.bfloat16, None, 6.0)
-        assert (config.skip_modules, config.keep_in_fp32_modules, config.quantize_embeddings) == (None, None, False)
+        assert (config.skip_modules, config.keep_in_fp32_modules, config.quantize_embeddings) == (
+            None,
+            None,
+            False,
+        )
         assert config.plain_dtype == torch.bfloat16
 
     def test_knows_all_registered_formats(self) -> None:
@@ -67,11 +71,17 @@ class TestOwn:
             ({"format": "gguf"}, "known are nf4, fp4, int8"),
             ({"format": None}, "unknown format None"),
             ({"format": ["nf4"]}, "unknown format"),
-            *(({"blocksize": size}, "blocksize cannot be") for size in (0, 16, 48, 8192, -64, 64.0, True, "64", None)),
+            *(
+                ({"blocksize": size}, "blocksize cannot be")
+                for size in (0, 16, 48, 8192, -64, 64.0, True, "64", None)
+            ),
             *(({"int8_threshold": t}, "int8_threshold cannot be") for t in (-1.0, float("nan"), "6", True)),
             *(({"nested": value}, "nested must be True or False") for value in ("no", None, 1)),
             ({"quantize_embeddings": "yes"}, "quantize_embeddings must be"),
-            *(({"compute_dtype": d}, "compute_dtype cannot be") for d in ("int8", "nn", torch.int8, torch.float64, 16)),
+            *(
+                ({"compute_dtype": d}, "compute_dtype cannot be")
+                for d in ("int8", "nn", torch.int8, torch.float64, 16)
+            ),
             ({"dtype": "auto"}, "dtype cannot be 'auto'"),
             *(({"skip_modules": n}, "skip_modules must be a list") for n in ("lm_head", [1], 5, {"a": 1})),
             ({"keep_in_fp32_modules": "norm"}, "keep_in_fp32_modules must be a list"),
@@ -95,7 +105,12 @@ OTHERS = [
     pytest.param(
         lambda: BnbQuantizationConfig(load_in_8bit=True, llm_int8_threshold=0.0, skip_modules=["head"]),
         QuantizationConfig(
-            "int8", nested=False, compute_dtype="fp16", dtype="fp16", int8_threshold=0.0, skip_modules=["head"]
+            "int8",
+            nested=False,
+            compute_dtype="fp16",
+            dtype="fp16",
+            int8_threshold=0.0,
+            skip_modules=["head"],
         ),
         id="accelerate-8bit-threshold",
     ),
@@ -144,7 +159,9 @@ OTHERS = [
         id="dict",
     ),
     pytest.param(
-        lambda: {"load_in_8bit": True}, QuantizationConfig("int8", nested=False, compute_dtype="fp16"), id="short-dict"
+        lambda: {"load_in_8bit": True},
+        QuantizationConfig("int8", nested=False, compute_dtype="fp16"),
+        id="short-dict",
     ),
     pytest.param(lambda: "int8", QuantizationConfig("int8"), id="name"),
     pytest.param(

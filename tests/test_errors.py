@@ -10,7 +10,9 @@ import pytest
 from tuckaway import errors
 from tuckaway.errors import TuckawayError, nearest_names
 
-CLASSES = [value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, TuckawayError)]
+CLASSES = [
+    value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, TuckawayError)
+]
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)

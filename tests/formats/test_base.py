@@ -88,7 +88,13 @@ def test_what_is_serialized_is_found_again(shape: tuple[int, ...]) -> None:
             written["another.weight"] = torch.zeros(3)
             found = [f.find(name, written, written.__getitem__) for f in registered_formats().values()]
             (one,) = [f for f in found if f is not None]
-            kept = ("format", "shape", "blocksize", "nested", *(() if layout.format == "int8" else ("dtype",)))
+            kept = (
+                "format",
+                "shape",
+                "blocksize",
+                "nested",
+                *(() if layout.format == "int8" else ("dtype",)),
+            )
             assert [getattr(one.layout, k) for k in kept] == [getattr(layout, k) for k in kept]
             assert one.consumed == set(written) - {"another.weight"}
             for key, tensor in made.items():

@@ -22,9 +22,13 @@ from tuckaway.formats import Components, Layout, format_of
 SHAPES = [(64, 128), (32, 96), (48, 33), (1, 64), (96, 1), (7, 5)]
 
 
-def linear_state(weight: torch.Tensor, kind: str, *, nested: bool, blocksize: int = 64) -> dict[str, torch.Tensor]:
+def linear_state(
+    weight: torch.Tensor, kind: str, *, nested: bool, blocksize: int = 64
+) -> dict[str, torch.Tensor]:
     """What bitsandbytes' own layer saves; no forward has run, which on the CPU would repack it."""
-    layer = bnb.nn.Linear4bit(weight.shape[1], weight.shape[0], bias=False, quant_type=kind, compress_statistics=nested)
+    layer = bnb.nn.Linear4bit(
+        weight.shape[1], weight.shape[0], bias=False, quant_type=kind, compress_statistics=nested
+    )
     layer.weight = bnb.nn.Params4bit(
         weight.clone(), requires_grad=False, quant_type=kind, compress_statistics=nested, blocksize=blocksize
     )
@@ -60,7 +64,9 @@ def test_nf4_is_written_as_bitsandbytes_writes_it(
     assert ours.keys() == theirs.keys()
     # its lookup table is a nearest code in 65536 bins: some nested codes differ, and the mean of the scales is summed
     # in another order. Everything else is equal to the byte
-    free = {"weight.absmax", "weight.nested_absmax", "weight.quant_state.bitsandbytes__nf4"} if nested else set()
+    free = (
+        {"weight.absmax", "weight.nested_absmax", "weight.quant_state.bitsandbytes__nf4"} if nested else set()
+    )
     for key in theirs.keys() - free:
         assert (ours[key].dtype, ours[key].shape) == (theirs[key].dtype, theirs[key].shape), key
         assert torch.equal(ours[key], theirs[key]), key
@@ -117,7 +123,9 @@ def test_codes_may_be_stored_as_any_dtype(storage: torch.dtype) -> None:
         layout = Layout("nf4", shape, torch.float32, 64)
         state = written(weight, layout)
         codes = state["weight"].view(-1)
-        padded = torch.zeros(math.ceil(codes.numel() / storage.itemsize) * storage.itemsize, dtype=torch.uint8)
+        padded = torch.zeros(
+            math.ceil(codes.numel() / storage.itemsize) * storage.itemsize, dtype=torch.uint8
+        )
         padded[: codes.numel()] = codes
         state["weight"] = padded.view(storage).view(-1, 1)
         found = format_of("nf4").find("weight", state, state.__getitem__)

@@ -122,7 +122,9 @@ def test_what_makes_no_sense_is_refused(key: str, value: torch.Tensor, message: 
         INT8.find("weight", state, state.__getitem__)
 
 
-@pytest.mark.parametrize(("start", "shape", "fits"), [(8, (2, 8), True), (4, (1, 8), False), (0, (3,), False)])
+@pytest.mark.parametrize(
+    ("start", "shape", "fits"), [(8, (2, 8), True), (4, (1, 8), False), (0, (3,), False)]
+)
 def test_narrow(start: int, shape: Any, fits: bool) -> None:
     layout = Layout("int8", (4, 8), torch.float32)
     made = INT8.quantize(torch.randn(4, 8), layout)

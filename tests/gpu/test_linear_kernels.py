@@ -56,12 +56,16 @@ def relative(a: torch.Tensor, exact: torch.Tensor) -> float:
     return float((a.double() - exact).norm() / exact.norm())
 
 
-def check(result: torch.Tensor, exact: torch.Tensor) -> None:
+def check(result: torch.Tensor, exact: torch.Tensor, library: torch.Tensor | None = None) -> None:
+    """``library``: torch's own product where the op calls it; cuBLAS may add the parts of a split sum in bf16."""
     assert result.isfinite().all()
     own = 2e-6 if result.dtype == torch.float32 else 3e-4
     if result.numel() < 1024:  # the roundings of few elements do not average out
         own *= 7
-    assert relative(result, exact) <= 1.15 * relative(exact.to(result.dtype), exact) + own
+    floor = relative(exact.to(result.dtype), exact)
+    if library is not None:
+        floor = max(floor, relative(library, exact))
+    assert relative(result, exact) <= 1.15 * floor + own
 
 
 def check_4bit(
@@ -186,11 +190,12 @@ def test_int8_weights_alone(m: int, dtype: torch.dtype, rows: int, cols: int) ->
     first, again = (OPS.linear_int8(x, codes, absmax, bias, None, True, dtype) for _ in range(2))
     fused = fuses(x.device) and choose_int8(x.device, m, rows, cols, dtype) is not None
     weight = OPS.dequantize_int8(codes, absmax, torch.float32 if fused else dtype).double()
-    check(first, x.double() @ weight.t() + bias.double())
+    library = None if fused else x @ weight.to(dtype).t() + bias
+    check(first, x.double() @ weight.t() + bias.double(), library)
     assert torch.equal(first, again)
     y = inputs(m, rows, dtype)
-    plain = OPS.dequantize_int8(codes, absmax, dtype).double()
-    check(OPS.linear_int8(y, codes, absmax, None, None, False, dtype), y.double() @ plain)
+    plain = OPS.dequantize_int8(codes, absmax, dtype)
+    check(OPS.linear_int8(y, codes, absmax, None, None, False, dtype), y.double() @ plain.double(), y @ plain)
 
 
 @pytest.mark.parametrize("m", [1, 17, 512])

@@ -96,12 +96,17 @@ def test_every_kind_of_location_gives_the_same_model(
 
 def test_safetensors_win_where_both_lie(folder: Path, tmp_path: Path) -> None:
     save_file(read_all(folder), tmp_path / "model.safetensors")
-    torch.save({name: torch.full_like(t, 7.0) for name, t in read_all(folder).items()}, tmp_path / "pytorch_model.bin")
+    torch.save(
+        {name: torch.full_like(t, 7.0) for name, t in read_all(folder).items()},
+        tmp_path / "pytorch_model.bin",
+    )
     assert_same_state(load(tmp_path), load(folder))
 
 
 def test_weights_are_quantized_from_the_dtype_they_are_seen_in(folder: Path) -> None:
-    for dtype, compute in itertools.product(["float32", "bfloat16", "float16", None], ["float32", "bfloat16"]):
+    for dtype, compute in itertools.product(
+        ["float32", "bfloat16", "float16", None], ["float32", "bfloat16"]
+    ):
         config = QuantizationConfig(dtype=dtype, compute_dtype=compute)
         seen = config.plain_dtype
         assert seen is not None
@@ -229,7 +234,9 @@ def test_head_and_embedding_stay_and_the_rest_does_not(folder: Path) -> None:
 
 
 def test_skip_modules_and_keep_in_fp32_modules(folder: Path) -> None:
-    config = QuantizationConfig(skip_modules=["layers.0", "down", "*.2.w"], keep_in_fp32_modules=["norm", "shift"])
+    config = QuantizationConfig(
+        skip_modules=["layers.0", "down", "*.2.w"], keep_in_fp32_modules=["norm", "shift"]
+    )
     model = load(folder, config)
     assert quantized_names(model) == {"layers.1.up.weight", "layers.1.w", "layers.2.up.weight", "head.weight"}
     fp32 = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
@@ -274,12 +281,20 @@ def test_configs_of_accelerate_and_transformers_are_not_changed(folder: Path) ->
             BnbQuantizationConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", torch_dtype=torch.float32),
             QuantizationConfig(nested=False, compute_dtype="fp16", dtype="fp32"),
         ),
-        (BnbQuantizationConfig(load_in_8bit=True), QuantizationConfig("int8", nested=False, compute_dtype="fp16")),
         (
-            BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["head", "lm_head"]),
+            BnbQuantizationConfig(load_in_8bit=True),
+            QuantizationConfig("int8", nested=False, compute_dtype="fp16"),
+        ),
+        (
+            BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["head", "lm_head"]
+            ),
             QuantizationConfig(nested=False, compute_dtype="fp32", skip_modules=["head"]),
         ),
-        (BitsAndBytesConfig(load_in_8bit=True).to_dict(), QuantizationConfig("int8", nested=False, compute_dtype="fp16")),
+        (
+            BitsAndBytesConfig(load_in_8bit=True).to_dict(),
+            QuantizationConfig("int8", nested=False, compute_dtype="fp16"),
+        ),
     ]:
         before = copy.deepcopy(getattr(given, "__dict__", given))
         for keyword in ("quantization_config", "bnb_quantization_config"):
@@ -312,9 +327,13 @@ def test_a_real_model_is_quantized_in_place() -> None:
         for name, tensor in source.named_parameters():
             found = model.get_parameter(name)
             if isinstance(found, QuantizedTensor):
-                assert_same_bits(found.data, tuckaway.quantize(tensor.detach().to(config.plain_dtype), config))
+                assert_same_bits(
+                    found.data, tuckaway.quantize(tensor.detach().to(config.plain_dtype), config)
+                )
             else:
-                wanted = torch.float32 if "norm" in name and config.keep_in_fp32_modules else config.plain_dtype
+                wanted = (
+                    torch.float32 if "norm" in name and config.keep_in_fp32_modules else config.plain_dtype
+                )
                 assert torch.equal(found, tensor.to(wanted))
         assert model.freq is buffer
         assert (model.embed.weight is embedding) == (config.plain_dtype == torch.float32)
@@ -326,7 +345,11 @@ def test_a_real_model_is_placed_by_a_device_map(config: QuantizationConfig, tmp_
     for number, (device_map, buffers) in enumerate(
         itertools.product([{"": "disk"}, {"": "cpu", "layers.1": "disk", "norm": "disk"}], [False, True])
     ):
-        options = {"device_map": device_map, "offload_folder": tmp_path / str(number), "offload_buffers": buffers}
+        options = {
+            "device_map": device_map,
+            "offload_folder": tmp_path / str(number),
+            "offload_buffers": buffers,
+        }
         model = load(None, config, model=net(), **options)
         with torch.no_grad():
             assert torch.equal(model(tokens()), expected(tokens()))
@@ -446,7 +469,10 @@ def test_edge_shapes(format: str, tmp_path: Path) -> None:
     tuckaway.save_model(source, tmp_path)
     config = FP32.replace(format=format, skip_modules=[])
     states = []
-    for options in ({}, {"device_map": {"": "disk"}, "offload_folder": tmp_path / "store", "offload_buffers": True}):
+    for options in (
+        {},
+        {"device_map": {"": "disk"}, "offload_folder": tmp_path / "store", "offload_buffers": True},
+    ):
         with tuckaway.init_empty_weights(include_buffers=True):
             model = Scalars()
         states.append(tuckaway.materialize(load(tmp_path, config, model=model, **options)))
@@ -473,9 +499,15 @@ def test_tied_stay_tied(copies: int, quantized: bool, tmp_path: Path) -> None:
     save_file(state, tmp_path / "model.safetensors")
     config = FP32.replace(skip_modules=[], quantize_embeddings=quantized)
     logits = []
-    for number, device_map in enumerate([None, {"": "disk"}, {"": "cpu", "head": "disk"}, {"": "cpu", "embed": "disk"}]):
+    for number, device_map in enumerate(
+        [None, {"": "disk"}, {"": "cpu", "head": "disk"}, {"": "cpu", "embed": "disk"}]
+    ):
         model = load(
-            tmp_path, config, model=empty_net(tied=True), device_map=device_map, offload_folder=tmp_path / str(number)
+            tmp_path,
+            config,
+            model=empty_net(tied=True),
+            device_map=device_map,
+            offload_folder=tmp_path / str(number),
         )
         assert model.head.weight is model.embed.weight
         assert isinstance(model.head.weight, QuantizedTensor) == quantized
@@ -491,7 +523,9 @@ def test_unequal_copies_of_a_tied_weight_are_refused(tmp_path: Path) -> None:
     state = {name: t.clone() for name, t in net(tied=True).state_dict().items()}
     state["head.weight"][-1, -1] += 1e-3
     save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(MismatchError, match="'embed.weight' and 'head.weight' are one weight in the model"):
+    with pytest.raises(
+        MismatchError, match=r"'embed\.weight' and 'head\.weight' are one weight in the model"
+    ):
         load(tmp_path, model=empty_net(tied=True))
     model = load(tmp_path)  # a model that does not tie them has both
     assert not torch.equal(model.embed.weight, model.head.weight)
@@ -631,7 +665,9 @@ def test_checkpoints_of_bitsandbytes_keep_their_bytes(kind: str, tmp_path: Path)
                 continue
             layer: Any
             if name == "int8":
-                layer = bnb.nn.Linear8bitLt(module.in_features, module.out_features, False, has_fp16_weights=False)
+                layer = bnb.nn.Linear8bitLt(
+                    module.in_features, module.out_features, False, has_fp16_weights=False
+                )
                 layer.weight = bnb.nn.Int8Params(tensor.clone(), requires_grad=False, has_fp16_weights=False)
             else:
                 layer = bnb.nn.Linear4bit(module.in_features, module.out_features, False, quant_type=name)

@@ -27,7 +27,6 @@ from tuckaway.errors import (
     DTypeMismatch,
     HeaderError,
     KeyMismatch,
-    LoadOutOfMemoryError,
     MismatchError,
     PagingError,
     PlanError,
@@ -117,7 +116,9 @@ def test_unexpected_key(model: Net, folder: Path, store: Path) -> None:
 @pytest.mark.parametrize("name", [n for n in net().state_dict() if "layers.2" not in n])
 def test_wrong_shape_of_any_tensor(name: str, folder: Path, store: Path) -> None:
     change(folder, lambda s: s.update({name: torch.zeros(3, 5)}))
-    with refused(ShapeMismatch, r"is \[3, 5\] in the checkpoint and \[", empty := empty_net(), store) as caught:
+    with refused(
+        ShapeMismatch, r"is \[3, 5\] in the checkpoint and \[", empty := empty_net(), store
+    ) as caught:
         load(empty, folder, store)
     assert repr(name) in str(caught.value)
 
@@ -126,7 +127,9 @@ def test_wrong_shape_of_any_tensor(name: str, folder: Path, store: Path) -> None
 @pytest.mark.parametrize("name", ["layers.1.up.weight", "norm.weight", "shift"])
 def test_integers_for_floats(name: str, dtype: torch.dtype, folder: Path, store: Path) -> None:
     change(folder, lambda s: s.update({name: s[name].to(dtype)}))
-    with refused(DTypeMismatch, f"is {dtype} in the checkpoint and torch.float32", empty := empty_net(), store):
+    with refused(
+        DTypeMismatch, f"is {dtype} in the checkpoint and torch.float32", empty := empty_net(), store
+    ):
         load(empty, folder, store)
 
 
@@ -326,9 +329,17 @@ def test_a_pickle_with_a_payload(model: Net, folder: Path, store: Path) -> None:
     [
         (STATE, b"{", "unreadable quantization state"),
         (STATE, b"", "unreadable quantization state"),
-        (STATE, b'{"quant_type": "nf4", "blocksize": 0, "dtype": "float32", "shape": [128, 64]}', "blocksize"),
+        (
+            STATE,
+            b'{"quant_type": "nf4", "blocksize": 0, "dtype": "float32", "shape": [128, 64]}',
+            "blocksize",
+        ),
         (STATE, b'{"quant_type": "nf4", "blocksize": 64, "dtype": "nn", "shape": [128, 64]}', "dtype"),
-        (STATE, b'{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [64, 64]}', "does not hold"),
+        (
+            STATE,
+            b'{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [64, 64]}',
+            "does not hold",
+        ),
         ("layers.1.up.weight.absmax", None, "'layers.1.up.weight.absmax' is missing"),
         ("layers.1.up.weight.nested_absmax", b"\0" * 8, "does not hold the nested_absmax"),
         ("layers.1.up.weight.quant_map", b"\0" * 16, "a codebook other than"),
@@ -381,7 +392,9 @@ def test_a_paged_model_is_not_loaded_again(folder: Path, tmp_path: Path, store: 
 
 
 def test_ties_that_the_checkpoint_breaks(folder: Path, store: Path) -> None:
-    with refused(MismatchError, "are one weight in the model and differ", empty := empty_net(tied=True), store):
+    with refused(
+        MismatchError, "are one weight in the model and differ", empty := empty_net(tied=True), store
+    ):
         load(empty, folder, store)
 
 
@@ -431,7 +444,10 @@ def test_memory_runs_out(tmp_path: Path) -> None:
     weights = {f"{i}.weight": torch.zeros(4096, 4096, dtype=torch.bfloat16) for i in range(6)}
     save_file(weights, tmp_path / "model.safetensors")
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.stdout.endswith("done\n"), done.stderr[-3000:]
     shutil.rmtree(tmp_path)

@@ -1,4 +1,4 @@
-"""Tied weights of which the checkpoint holds more than one copy: they must be equal, or a tie would lose one of them."""
+"""Tied weights that a checkpoint holds more than one copy of: they must be equal, or a tie would lose one."""
 
 from __future__ import annotations
 
