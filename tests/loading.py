@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import threading
@@ -189,6 +190,7 @@ def refused(
     error: type[TuckawayError], match: str, model: nn.Module, folder: Path | None = None
 ) -> Iterator[Any]:
     """The block raises ``error``, and leaves model, offload folder, files and threads as they were."""
+    gc.collect()  # what earlier tests left open
     process = psutil.Process()
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     values = [None if t.is_meta else t.detach().clone() for _, t in tensors]

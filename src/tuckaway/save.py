@@ -133,7 +133,13 @@ def _write_config(model: nn.Module, directory: Path) -> None:
     if not callable(getattr(config, "to_dict", None)):
         return
     content: dict[str, Any] = config.to_dict()  # type: ignore[union-attr]
-    content.setdefault("architectures", [type(model).__name__])
+    if not content.get(
+        "architectures"
+    ):  # transformers writes null into the config of a model it did not save
+        content["architectures"] = [type(model).__name__]
+    dtypes = [p.dtype for p in model.parameters() if p.dtype.is_floating_point]
+    if dtypes:  # of the weights as they are, whatever dtype the model was once built with
+        content["dtype"] = str(dtypes[0]).removeprefix("torch.")
     quantization = _quantization_of(model)
     if quantization is not None:
         content["quantization_config"] = quantization

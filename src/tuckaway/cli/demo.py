@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psutil
 import torch
 
 import tuckaway
+from tuckaway.cli.answer import answer
 from tuckaway.cli.show import Screen, name_runs
 from tuckaway.cli.smollm2 import REPOSITORY, smollm2
 from tuckaway.errors import CheckpointNotFound, ConfigError
@@ -94,7 +95,7 @@ def run_demo(
         seconds = time.perf_counter() - began
         _show_placement(screen, network)
         _show_memory(screen, network, 4 * parameters, before, seconds)
-        _answer(screen, network, tokenizer, prompt, max_new_tokens)
+        answer(screen, network, tokenizer, prompt, max_new_tokens)
 
 
 def parse_max_memory(text: str) -> dict[int | str, int | str]:
@@ -179,56 +180,3 @@ def _memory() -> tuple[int, int]:
     """Bytes that this process has for itself, and bytes of tensors on the accelerator."""
     private = int(psutil.Process().memory_full_info().uss)
     return private, torch.accelerator.memory_allocated() if torch.accelerator.is_available() else 0
-
-
-def _answer(screen: Screen, model: Any, tokenizer: Any, prompt: str, limit: int) -> None:
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
-    screen.line()
-    screen.line(f"> {prompt}", style="bold")
-    shown, tokens, times = "", [], [time.perf_counter()]
-    executing = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    for token in _greedy(model, encoded["input_ids"].to(executing or "cpu"), limit):
-        tokens.append(token)
-        times.append(time.perf_counter())
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        if not text.endswith(
-            "\N{REPLACEMENT CHARACTER}"
-        ):  # else: a character whose bytes are not all there yet
-            screen.piece(text[len(shown) :])
-            shown = text
-    screen.line()
-    screen.line()
-    if len(times) > 2:
-        rate = (len(times) - 2) / (times[-1] - times[1])
-        first = times[1] - times[0]
-        screen.line(
-            f"{len(tokens)} tokens, {rate:.1f} tokens/s (the first, with the prompt, after {first:.2f} s)"
-        )
-
-
-@torch.no_grad()
-def _greedy(model: Any, tokens: torch.Tensor, limit: int) -> Iterator[int]:
-    """Yield the likeliest next token, again and again.
-
-    Args:
-        model: a causal language model of transformers.
-        tokens: int64 ``[1, T]``, the prompt.
-        limit: tokens to yield at most; an end-of-sequence token ends it earlier.
-    """
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    cache = None
-    for _ in range(limit):
-        output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        tokens = output.logits[:, -1:].argmax(-1)
-        token = int(tokens)
-        if token in ends:
-            return
-        yield token

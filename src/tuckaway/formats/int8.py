@@ -153,7 +153,8 @@ class _Int8Quantizer(PieceQuantizer):
 
     @override
     def finish(self) -> None:
-        """Nothing is left to do: rows are independent."""
+        if not self.codes.numel():
+            self.absmax.zero_()  # rows of no weights: no piece ever came
 
 
 register(Int8())
