@@ -1,10 +1,19 @@
 """What the bytes of a quantized tensor mean: nf4, fp4, int8, nested scales, and their keys in a checkpoint."""
 
 from tuckaway.formats import four_bit, int8  # noqa: F401  (each registers its formats)
-from tuckaway.formats.base import Entries, Format, PieceQuantizer, Serialized, format_of, registered_formats
+from tuckaway.formats.base import (
+    BoundLinear,
+    Entries,
+    Format,
+    PieceQuantizer,
+    Serialized,
+    format_of,
+    registered_formats,
+)
 from tuckaway.formats.layout import Components, Layout, Shape, Specs
 
 __all__ = [
+    "BoundLinear",
     "Components",
     "Entries",
     "Format",

@@ -16,7 +16,16 @@ import torch
 from tuckaway.errors import ConfigError, nearest_names
 from tuckaway.formats.layout import Components, Layout, Shape, Specs
 
-__all__ = ["Entries", "Format", "PieceQuantizer", "Serialized", "format_of", "register", "registered_formats"]
+__all__ = [
+    "BoundLinear",
+    "Entries",
+    "Format",
+    "PieceQuantizer",
+    "Serialized",
+    "format_of",
+    "register",
+    "registered_formats",
+]
 
 _REGISTRY: dict[str, Format] = {}
 
@@ -31,6 +40,7 @@ class Entry(Protocol):
 
 
 Entries = Mapping[str, Entry]
+BoundLinear = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,17 @@ class Format(ABC):
         transpose: bool,
     ) -> torch.Tensor:
         """Return ``x @ S.T + bias`` (``transpose``) or ``x @ S + bias`` for the stored matrix ``S [rows, cols]``."""
+
+    def bound_linear(self, components: Components, layout: Layout, transpose: bool) -> BoundLinear:
+        """Return :meth:`linear` of these components as a function of ``x`` and bias alone.
+
+        A weight keeps it for its eager calls, so that what does not change from call to call is looked up once.
+        """
+
+        def linear(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            return self.linear(x, components, layout, bias, transpose)
+
+        return linear
 
     @abstractmethod
     def embedding(

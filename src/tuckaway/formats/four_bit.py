@@ -23,7 +23,7 @@ from typing_extensions import override
 
 import tuckaway_kernels  # noqa: F401  (registers torch.ops.tuckaway)
 from tuckaway.errors import CheckpointError
-from tuckaway.formats.base import Entries, Format, PieceQuantizer, Serialized, register
+from tuckaway.formats.base import BoundLinear, Entries, Format, PieceQuantizer, Serialized, register
 from tuckaway.formats.layout import Components, Layout, Shape, Specs
 from tuckaway_kernels.codebooks import codebook, dynamic_map
 
@@ -91,21 +91,23 @@ class FourBit(Format):
         bias: torch.Tensor | None,
         transpose: bool,
     ) -> torch.Tensor:
-        result: torch.Tensor = torch.ops.tuckaway.linear_4bit(
-            x,
-            components["codes"],
-            components["absmax"],
-            components.get("nested_absmax"),
-            components.get("nested_offset"),
-            bias,
-            self.name,
-            layout.blocksize,
-            layout.rows,
-            layout.cols,
-            transpose,
-            layout.compute_dtype or x.dtype,
-        )
-        return result
+        return self.bound_linear(components, layout, transpose)(x, bias)
+
+    @override
+    def bound_linear(self, components: Components, layout: Layout, transpose: bool) -> BoundLinear:
+        op = torch.ops.tuckaway.linear_4bit.default
+        codes, scales = components["codes"], components["absmax"]
+        nested, offset = components.get("nested_absmax"), components.get("nested_offset")
+        options = self.name, layout.blocksize, layout.rows, layout.cols, transpose
+        compute_dtype = layout.compute_dtype
+
+        def linear(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            result: torch.Tensor = op(
+                x, codes, scales, nested, offset, bias, *options, compute_dtype or x.dtype
+            )
+            return result
+
+        return linear
 
     @override
     def embedding(

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 import tuckaway_kernels  # noqa: F401  (registers torch.ops.tuckaway)
 from tuckaway.errors import CheckpointError
-from tuckaway.formats.base import Entries, Format, PieceQuantizer, Serialized, register
+from tuckaway.formats.base import BoundLinear, Entries, Format, PieceQuantizer, Serialized, register
 from tuckaway.formats.layout import Components, Layout, Shape, Specs
 
 __all__ = ["Int8"]
@@ -58,18 +58,21 @@ class Int8(Format):
         bias: torch.Tensor | None,
         transpose: bool,
     ) -> torch.Tensor:
+        return self.bound_linear(components, layout, transpose)(x, bias)
+
+    @override
+    def bound_linear(self, components: Components, layout: Layout, transpose: bool) -> BoundLinear:
+        op = torch.ops.tuckaway.linear_int8.default
+        codes, absmax = components["codes"].view(layout.rows, layout.cols), components["absmax"]
         # LLM.int8() quantizes rows of x along the dimension that rows of W run along; x @ S has no such product
         threshold = layout.int8_threshold if transpose else None
-        result: torch.Tensor = torch.ops.tuckaway.linear_int8(
-            x,
-            components["codes"].view(layout.rows, layout.cols),
-            components["absmax"],
-            bias,
-            threshold,
-            transpose,
-            layout.compute_dtype or x.dtype,
-        )
-        return result
+        compute_dtype = layout.compute_dtype
+
+        def linear(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            result: torch.Tensor = op(x, codes, absmax, bias, threshold, transpose, compute_dtype or x.dtype)
+            return result
+
+        return linear
 
     @override
     def embedding(

@@ -19,9 +19,12 @@ from typing import Any, cast
 import torch
 
 from tuckaway.config import QuantizationConfig
-from tuckaway.formats import Components, Layout, Shape, format_of
+from tuckaway.formats import BoundLinear, Components, Layout, Shape, format_of
 
 __all__ = ["QuantizedTensor", "quantize"]
+
+FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+"""What catches a call whole, by the function called; filled by :mod:`tuckaway.tensor.functions`."""
 
 
 class QuantizedTensor(torch.Tensor):
@@ -49,6 +52,7 @@ class QuantizedTensor(torch.Tensor):
 
     _keys: tuple[str, ...]
     _layout: Layout
+    _bound_linear: BoundLinear | None
 
     @staticmethod
     def __new__(
@@ -79,6 +83,7 @@ class QuantizedTensor(torch.Tensor):
         )
         self._layout = layout
         self._keys = tuple(data)
+        self._bound_linear = None
         for key, tensor in data.items():
             setattr(self, f"_{key}", tensor)
         return self
@@ -168,18 +173,15 @@ class QuantizedTensor(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        from tuckaway.tensor.functions import FUNCTIONS
-
-        kwargs = kwargs or {}
         # the compiler sees the aten operations below instead: it unwraps the components there
         if not torch.compiler.is_compiling():
             handler = FUNCTIONS.get(func)
             if handler is not None:
-                result = handler(*args, **kwargs)
+                result = handler(*args, **(kwargs or {}))
                 if result is not NotImplemented:
                     return result
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's stub has it without cls and func
