@@ -12,9 +12,10 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import tuckaway
-from tuckaway.cli.demo import default_budget, parse_max_memory, run_demo
+from tuckaway.cli.demo import default_budget, run_demo
+from tuckaway.cli.options import parse_max_memory
 from tuckaway.cli.show import Screen
-from tuckaway.errors import CheckpointNotFound, ConfigError, PlanError
+from tuckaway.errors import CheckpointNotFound, PlanError
 from tuckaway.plan import choose_specs, compute_module_sizes, resolve_device_map
 
 
@@ -23,7 +24,7 @@ def demo(model: Path, *, format: str = "nf4", max_memory: str | None = None, tok
     screen = Screen(Console(file=out, highlight=False))
     run_demo(
         format=format,
-        max_memory=max_memory,
+        max_memory=None if max_memory is None else parse_max_memory(max_memory),
         prompt="Hello",
         model=str(model),
         max_new_tokens=tokens,
@@ -71,31 +72,8 @@ def test_answer_is_what_the_model_says(tiny_llama: Path) -> None:
     assert answer(demo(tiny_llama, tokens=8)) == expected.rstrip("\N{REPLACEMENT CHARACTER}")
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("cpu=40MB", {"cpu": 40_000_000}),
-        ("0=1GiB, cpu=1.5GB", {0: 2**30, "cpu": 1_500_000_000}),
-        ("1=5", {1: 5}),
-    ],
-)
-def test_max_memory_as_written(text: str, expected: dict[int | str, int]) -> None:
-    assert parse_max_memory(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "40MB", "cpu=", "gpu=1GB", "cpu=1GB,", "-1=1GB"])
-def test_max_memory_that_is_none(text: str) -> None:
-    with pytest.raises(ConfigError, match="DEVICE=SIZE"):
-        parse_max_memory(text)
-
-
-def test_size_that_is_none() -> None:
-    with pytest.raises(PlanError, match="no size"):
-        parse_max_memory("cpu=many")
-
-
 def test_model_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointNotFound, match="--model"):
+    with pytest.raises(CheckpointNotFound, match="Hub"):
         demo(tmp_path / "nothing")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import tuckaway
 from tuckaway.cli.main import main
 
 
@@ -45,9 +47,40 @@ def test_wrong_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     assert command(monkeypatch, "demo", "--max-new-tokens", "0") == 2
 
 
+def test_option_that_cannot_be_read_is_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(monkeypatch, "demo", "--max-memory", "lots") == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "'lots' is no DEVICE=SIZE" in shown.err
+
+
 def test_error_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    message = command(monkeypatch, "demo", "--model", str(tmp_path), "--max-memory", "lots")
-    assert message == "tuckaway: 'lots' is no DEVICE=SIZE. write --max-memory 0=100MB,cpu=40MB"
+    message = command(monkeypatch, "demo", "--model", str(tmp_path))
+    assert message.startswith("tuckaway: ")
+    assert message.endswith("name a folder with config.json, or an id on the Hub")
+    assert "\n" not in message
+
+
+def test_json_is_all_there_is_on_standard_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_llama: Path
+) -> None:
+    assert command(monkeypatch, "demo", "--model", str(tiny_llama), "--max-new-tokens", "4", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["tokens"] == 4
+    assert result["bytes_by_format"]["nf4"] > 0
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"tuckaway {tuckaway.__version__}\n"
+
+
+def test_shells_can_complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    assert command(monkeypatch, "--show-completion", "bash") == 0
+    assert "_TUCKAWAY_COMPLETE=complete_bash" in capsys.readouterr().out
 
 
 def test_extra_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ the argument), and its own loop follows.
 from __future__ import annotations
 
 import time
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from tuckaway.cli.show import Screen
 
-__all__ = ["answer", "encode"]
+__all__ = ["Answer", "answer", "encode"]
 
 
 class _Shown:
@@ -45,6 +46,13 @@ class _Shown:
     def end(self) -> None:
         """Nothing is held back at the end."""
 
+    def answer(self, begin: float, prompt_tokens: int) -> Answer:
+        """Return what came since ``begin``, a time of ``perf_counter``."""
+        times = self.times
+        rate = (len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else None
+        first = times[0] - begin if times else None
+        return Answer(self._text, prompt_tokens, len(self.tokens), first, rate)
+
 
 def encode(tokenizer: Any, prompt: str) -> torch.Tensor:
     """Return the tokens of a prompt, int64 ``[1, T]``, in the tokenizer's chat template where it has one."""
@@ -57,7 +65,31 @@ def encode(tokenizer: Any, prompt: str) -> torch.Tensor:
     return encoded["input_ids"]  # type: ignore[no-any-return]
 
 
-def answer(screen: Screen, model: Any, tokenizer: Any, prompt: str, limit: int) -> None:
+@dataclass(frozen=True)
+class Answer:
+    """What a model said, and how fast.
+
+    Args:
+        text: the answer, without special tokens.
+        prompt_tokens: tokens of the prompt.
+        tokens: tokens of the answer.
+        first_seconds: from the call to the first token, the prompt's work included; ``None`` if none came.
+        tokens_per_second: of the tokens after the second, which a first call's preparations do not slow; ``None`` if
+            there are fewer than three.
+    """
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+    first_seconds: float | None
+    tokens_per_second: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as a mapping that JSON can hold."""
+        return asdict(self)
+
+
+def answer(screen: Screen, model: Any, tokenizer: Any, prompt: str, limit: int) -> Answer:
     """Show the likeliest continuation of a prompt, token by token, and how fast it came.
 
     Args:
@@ -86,10 +118,10 @@ def answer(screen: Screen, model: Any, tokenizer: Any, prompt: str, limit: int) 
     )
     screen.line()
     screen.line()
-    times = shown.times
-    if len(times) > 2:
-        rate = (len(times) - 2) / (times[-1] - times[1])
+    given = shown.answer(begin, tokens.shape[-1])
+    if given.first_seconds is not None and given.tokens_per_second is not None:
         screen.line(
-            f"{len(times)} tokens, {rate:.1f} tokens/s "
-            f"(the first, with the prompt, after {times[0] - begin:.2f} s)"
+            f"{given.tokens} tokens, {given.tokens_per_second:.1f} tokens/s "
+            f"(the first, with the prompt, after {given.first_seconds:.2f} s)"
         )
+    return given

@@ -1,64 +1,54 @@
-"""The commands and their options. What a command does is imported when it runs, so that ``--help`` answers at once."""
+"""The list of commands. What a command does is imported when it runs, so that ``--help`` answers at once.
+
+To add one: a module of this package with a function ``command`` (see ``options.py``), and its line in ``COMMANDS``.
+"""
 
 from __future__ import annotations
 
-from enum import StrEnum
+import logging
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-__all__ = ["app"]
+import tuckaway
+from tuckaway.cli import demo
+
+__all__ = ["COMMANDS", "app"]
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo.command,
+}
+"""Every command, in the order of ``--help``."""
 
 app = typer.Typer(
     name="tuckaway",
     help="Load and run PyTorch models that are bigger than the memory they must run in.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-class Format(StrEnum):
-    """What weights can be quantized to."""
-
-    nf4 = "nf4"
-    fp4 = "fp4"
-    int8 = "int8"
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"tuckaway {tuckaway.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _tuckaway() -> None:
-    """Keep ``demo`` a command of its own: an app of one command would take its place."""
-
-
-@app.command()
-def demo(
-    format: Annotated[Format, typer.Option(help="What the weights are quantized to.")] = Format.nf4,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZES",
-            help="Memory that weights may take, by device: '0=100MB,cpu=40MB'. What does not fit goes to disk. "
-            "Left out, a budget so small that every kind of placement is in use.",
-        ),
-    ] = None,
-    prompt: Annotated[str, typer.Option(help="What the model is asked.")] = "Why is the sky blue?",
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HUB_ID_OR_PATH",
-            help="A causal language model on the Hugging Face Hub or in a folder. Left out, SmolLM2-135M-Instruct.",
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer, at most.")] = 64,
+def _tuckaway(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show tuckaway's log on standard error.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
-    """Quantize a real language model, spread it over GPU, RAM and disk, and let it answer."""
-    from tuckaway.cli.demo import run_demo
+    if verbose:
+        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+        logging.getLogger("tuckaway").setLevel(logging.INFO)
 
-    run_demo(
-        format=format.value,
-        max_memory=max_memory,
-        prompt=prompt,
-        model=model,
-        max_new_tokens=max_new_tokens,
-    )
+
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)

@@ -1,8 +1,11 @@
-"""How commands show things: tables and headings, drawn in a terminal, plain columns elsewhere."""
+"""How commands show things: tables and headings, drawn in a terminal, plain columns elsewhere, or one JSON object."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -12,15 +15,23 @@ __all__ = ["Screen", "name_runs"]
 
 
 class Screen:
-    """Standard output, as a person reads it.
+    """Standard output, as a person or a program reads it.
 
     Args:
         console: rich's; ``None``: a new one on standard output. Where that is no terminal, tables are plain columns of
             their full width, so that logs and pipes get every word.
+        json: show a program's reader :meth:`result` alone; everything else is silent.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console if console is not None else Console(highlight=False)
+    def __init__(self, console: Console | None = None, *, json: bool = False) -> None:
+        self.json = json
+        self.console = console if console is not None else Console(highlight=False, quiet=json)
+
+    def result(self, value: Mapping[str, Any]) -> None:
+        """Print a command's result as JSON, where that was asked for. Sizes are bytes, times seconds."""
+        if self.json:
+            json.dump(value, sys.stdout, indent=2)
+            sys.stdout.write("\n")
 
     def line(self, text: str = "", style: str = "") -> None:
         """Print one line."""
