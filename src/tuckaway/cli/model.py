@@ -128,7 +128,7 @@ def quantization_config(
     Args:
         built: a model that may say in its own config that it is quantized already.
         format: ``"nf4"``, ``"fp4"``, ``"int8"`` or ``"none"``; ``None``: as the model says itself, or nf4.
-        dtype: what products are computed in. ``None``: what is fastest at the batch of one that an answer is: bf16 on an
+        dtype: what products are computed in. ``None``: what is fastest at the batch of one of an answer: bf16 on an
             accelerator, fp32 on a CPU.
     """
     compute = as_dtype(dtype, "dtype") or (
