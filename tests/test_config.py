@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import pickle
+import re
 from typing import Any
 
 import pytest
@@ -85,11 +88,43 @@ class TestOwn:
             ({"dtype": "auto"}, "dtype cannot be 'auto'"),
             *(({"skip_modules": n}, "skip_modules must be a list") for n in ("lm_head", [1], 5, {"a": 1})),
             ({"keep_in_fp32_modules": "norm"}, "keep_in_fp32_modules must be a list"),
+            ({"only_modules": "h"}, "only_modules must be a list"),
+            ({"only_modules": ["re:h[.]("]}, "is no regular expression"),
+            ({"formats": ["nf4"]}, "formats must be a dict"),
+            ({"formats": {1: "nf4"}}, "formats must be a dict"),
+            ({"formats": {"h": "nf5"}}, "unknown format 'nf5'. did you mean 'nf4'"),
+            *(({"min_weights": n}, "min_weights cannot be") for n in (-1, 1.5, True, None)),
+            ({"quantize_head": None}, "quantize_head must be"),
         ],
     )
     def test_refuses(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             QuantizationConfig(**options)
+
+    def test_goes_through_json(self) -> None:
+        config = QuantizationConfig(
+            "int8",
+            compute_dtype=torch.float16,
+            skip_modules=[re.compile("H[.]1", re.IGNORECASE), "lm_head"],
+            only_modules=[],
+            formats={re.compile("h[.]2"): None, "*.mlp": "nf4"},
+            min_weights=100,
+            quantize_head=True,
+        )
+        content = json.loads(json.dumps(config.to_dict()))
+        assert content["skip_modules"] == ["re:(?i)H[.]1", "lm_head"]
+        assert content["formats"] == {"re:h[.]2": None, "*.mlp": "nf4"}
+        assert QuantizationConfig.from_dict(content) == QuantizationConfig.of(content) == config
+        assert hash(QuantizationConfig.from_dict(content)) == hash(config)
+        assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+        with pytest.raises(ConfigError, match=r"no field 'formatt'. did you mean 'format' or 'formats'"):
+            QuantizationConfig.from_dict({"formatt": "nf4"})
+
+    def test_a_checkpoint_keeps_what_bitsandbytes_cannot_say(self) -> None:
+        config = QuantizationConfig(blocksize=128, dtype="fp16", formats={"a": None}, int8_threshold=None)
+        content = config.to_bitsandbytes()
+        assert QuantizationConfig.of(content) == config
+        assert BitsAndBytesConfig.from_dict(json.loads(json.dumps(content))).bnb_4bit_quant_type == "nf4"
 
     @pytest.mark.parametrize("threshold", [None, 0.0, 0, 6, 1e9])
     def test_thresholds(self, threshold: float | None) -> None:

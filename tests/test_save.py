@@ -372,7 +372,6 @@ def test_config_json(llama: Path, tmp_path: Path) -> None:
         assert content["quantization_config"]["llm_int8_skip_modules"] == ["lm_head"]
         assert QuantizationConfig.of(content["quantization_config"]) == config.replace(
             dtype=None,
-            blocksize=64,  # which the checkpoint says tensor by tensor
             skip_modules=["lm_head"],
             compute_dtype=config.compute_dtype,
         )

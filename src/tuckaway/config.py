@@ -7,7 +7,8 @@ accelerate's ``BnbQuantizationConfig``, transformers' ``BitsAndBytesConfig`` and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,10 @@ import torch
 
 from tuckaway.errors import ConfigError, nearest_names
 
-__all__ = ["FORMATS", "QuantizationConfig", "as_dtype"]
+__all__ = ["FORMATS", "Pattern", "QuantizationConfig", "as_dtype"]
+
+Pattern = str | re.Pattern[str]
+"""How modules are named: see :class:`QuantizationConfig`."""
 
 FORMATS = ("nf4", "fp4", "int8")
 """Names a config may ask for; ``tuckaway.formats`` has one file for each family."""
@@ -45,7 +49,7 @@ def as_dtype(value: torch.dtype | str | None, parameter: str) -> torch.dtype | N
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """How the weights of a model are quantized, and which are not.
+    r"""How the weights of a model are quantized, and which are not.
 
     Args:
         format: ``"nf4"``, ``"fp4"`` or ``"int8"``.
@@ -56,11 +60,22 @@ class QuantizationConfig:
             checkpoint). ``None``: ``compute_dtype``, as accelerate has it.
         int8_threshold: inputs of at least this magnitude bypass the int8 product (LLM.int8(), arXiv 2208.07339);
             0.0: none does; ``None``: weights are int8 and the product is computed in ``compute_dtype``.
-        skip_modules: names of modules that stay unquantized, with all below them. A name is a full dotted path
-            or a trailing part of it on a dot's boundary (``"lm_head"``, ``"mlp.c_proj"``); wildcards ``*`` and ``?``
-            match whole paths. ``None``: the output head and whatever is tied to it.
-        keep_in_fp32_modules: names, matched likewise, of modules that are not quantized and stay in fp32.
+        skip_modules: modules or parameters that stay unquantized, with all below them. ``None``: the output head and
+            whatever is tied to it.
+        keep_in_fp32_modules: modules that are not quantized and stay in fp32.
         quantize_embeddings: quantize ``nn.Embedding`` weights too.
+        only_modules: modules that may be quantized; all others stay. ``None``: all may.
+        formats: formats of some modules, by pattern: ``{"*.attn.*": "int8", "lm_head": None}``; ``None`` leaves them
+            unquantized. A name without wildcards counts before one with; of several, the first.
+        min_weights: parameters of fewer weights stay unquantized.
+        quantize_head: quantize the output head too, where ``skip_modules`` is ``None``. A head that is tied to an
+            embedding needs ``quantize_embeddings`` as well.
+
+    A module is named by its full dotted path or a trailing part of it on a dot's boundary (``"lm_head"``,
+    ``"mlp.c_proj"``), by a glob that matches the whole path (``"*.layers.[0-3].mlp"``), or by a regular expression
+    that does (``"re:.*layers[.]\d+[.]mlp"``, or a compiled one). Never by a part of a name. A module or parameter that
+    ``only_modules`` or ``formats`` names without wildcards is quantized even where the defaults leave it alone (a head,
+    an embedding, a router).
 
     Raises:
         ConfigError: a value is not one of these.
@@ -68,6 +83,9 @@ class QuantizationConfig:
     Example:
         >>> QuantizationConfig(format="nf4", compute_dtype="bf16").compute_dtype
         torch.bfloat16
+        >>> mixed = QuantizationConfig(formats={"*.mlp.*": "nf4", "*.attn.*": "int8"}, min_weights=4096)
+        >>> QuantizationConfig.from_dict(mixed.to_dict()) == mixed
+        True
     """
 
     format: str = "nf4"
@@ -76,35 +94,34 @@ class QuantizationConfig:
     compute_dtype: torch.dtype | str | None = torch.bfloat16
     dtype: torch.dtype | str | None = None
     int8_threshold: float | None = 6.0
-    skip_modules: Sequence[str] | None = None
-    keep_in_fp32_modules: Sequence[str] | None = None
+    skip_modules: Sequence[Pattern] | None = None
+    keep_in_fp32_modules: Sequence[Pattern] | None = None
     quantize_embeddings: bool = False
+    only_modules: Sequence[Pattern] | None = None
+    formats: Mapping[Pattern, str | None] | None = None
+    min_weights: int = 0
+    quantize_head: bool = False
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            near = nearest_names(str(self.format), FORMATS)
-            raise ConfigError(
-                f"unknown format {self.format!r}", hint=near or f"known are {', '.join(FORMATS)}"
-            )
+        _check_format(self.format)
         size = self.blocksize
         if isinstance(size, bool) or not isinstance(size, int) or not 32 <= size <= 4096 or size & (size - 1):
             raise ConfigError(f"blocksize cannot be {size!r}", hint="use a power of two from 32 to 4096")
         threshold = self.int8_threshold
         if threshold is not None and not (_is_number(threshold) and threshold >= 0):
             raise ConfigError(f"int8_threshold cannot be {threshold!r}", hint="use 0.0 or more, or None")
-        for name in ("nested", "quantize_embeddings"):
+        floor = self.min_weights
+        if isinstance(floor, bool) or not isinstance(floor, int) or floor < 0:
+            raise ConfigError(
+                f"min_weights cannot be {floor!r}", hint="use a number of weights, 0 for no limit"
+            )
+        for name in ("nested", "quantize_embeddings", "quantize_head"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        for name in ("skip_modules", "keep_in_fp32_modules"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
-                raise ConfigError(f"{name} must be a list of names, not {value!r}")
-            value = tuple(value)
-            if not all(isinstance(v, str) for v in value):
-                raise ConfigError(f"{name} must be a list of names, not {value!r}")
-            object.__setattr__(self, name, value)
+        for name in ("skip_modules", "keep_in_fp32_modules", "only_modules"):
+            object.__setattr__(self, name, _patterns(getattr(self, name), name))
+        if self.formats is not None:
+            object.__setattr__(self, "formats", _Formats(self.formats))
         object.__setattr__(self, "compute_dtype", as_dtype(self.compute_dtype, "compute_dtype"))
         object.__setattr__(self, "dtype", as_dtype(self.dtype, "dtype"))
 
@@ -117,8 +134,42 @@ class QuantizationConfig:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as JSON has them: dtypes and patterns are strings."""
+        content: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.dtype):
+                value = str(value).removeprefix("torch.")
+            elif isinstance(value, tuple):
+                value = list(value)
+            elif isinstance(value, Mapping):
+                value = dict(value)
+            content[field.name] = value
+        return content
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> QuantizationConfig:
+        """Make a config of what :meth:`to_dict` gave; fields that are not there keep their defaults.
+
+        Raises:
+            ConfigError: a field that is unknown, or a value that makes no sense.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in content:
+            if name not in known:
+                near = nearest_names(str(name), known)
+                raise ConfigError(
+                    f"a config has no field {name!r}", hint=near or f"known are {', '.join(known)}"
+                )
+        return cls(**content)
+
     def to_bitsandbytes(self) -> dict[str, Any]:
-        """Return the ``quantization_config`` under which transformers loads a checkpoint of this config."""
+        """Return the ``quantization_config`` under which transformers loads a checkpoint of this config.
+
+        Under ``"tuckaway"`` it holds the whole config, which bitsandbytes' fields cannot express and transformers
+        passes over.
+        """
         four_bit = self.format != "int8"
         name = str(self.compute_dtype or torch.float32).removeprefix("torch.")
         return {
@@ -131,6 +182,7 @@ class QuantizationConfig:
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_threshold": 6.0 if self.int8_threshold is None else self.int8_threshold,
             "llm_int8_skip_modules": None if self.skip_modules is None else list(self.skip_modules),
+            "tuckaway": self.to_dict(),
         }
 
     @classmethod
@@ -144,6 +196,12 @@ class QuantizationConfig:
             return config
         if isinstance(config, str):
             return cls(format=config)
+        if isinstance(config, Mapping):
+            own = config.get("tuckaway")
+            if isinstance(own, Mapping):
+                return cls.from_dict(own)
+            if "format" in config and "quant_method" not in config:
+                return cls.from_dict(config)
         read = (
             config.get
             if isinstance(config, Mapping)
@@ -184,6 +242,64 @@ class QuantizationConfig:
             skip_modules=skip,
             keep_in_fp32_modules=read("keep_in_fp32_modules"),
         )
+
+
+def _check_format(value: object) -> None:
+    if value not in FORMATS:
+        near = nearest_names(str(value), FORMATS)
+        raise ConfigError(f"unknown format {value!r}", hint=near or f"known are {', '.join(FORMATS)}")
+
+
+def _patterns(value: Any, parameter: str) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+        raise ConfigError(f"{parameter} must be a list of names, not {value!r}")
+    given = tuple(value)
+    if not all(isinstance(v, str | re.Pattern) for v in given):
+        raise ConfigError(f"{parameter} must be a list of names, not {given!r}")
+    return tuple(_as_text(v, parameter) for v in given)
+
+
+def _as_text(pattern: Pattern, parameter: str) -> str:
+    """Return a pattern as a string, which JSON can hold; a regular expression begins with ``re:``."""
+    if isinstance(pattern, re.Pattern):
+        letters = "".join(letter for letter in "aimsx" if pattern.flags & getattr(re, letter.upper()))
+        pattern = f"re:(?{letters}){pattern.pattern}" if letters else f"re:{pattern.pattern}"
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise ConfigError(f"{pattern!r} in {parameter} is no regular expression: {error}") from None
+    return pattern
+
+
+class _Formats(Mapping[str, str | None]):
+    """Formats by pattern; hashable, as configs are."""
+
+    def __init__(self, given: Any) -> None:
+        if not isinstance(given, Mapping) or not all(isinstance(k, str | re.Pattern) for k in given):
+            raise ConfigError(f"formats must be a dict of patterns to formats, not {given!r}")
+        self._formats: dict[str, str | None] = {}
+        for pattern, format in given.items():
+            if format is not None:
+                _check_format(format)
+            self._formats[_as_text(pattern, "formats")] = format
+
+    def __getitem__(self, pattern: str) -> str | None:
+        return self._formats[pattern]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._formats)
+
+    def __len__(self) -> int:
+        return len(self._formats)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._formats.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._formats)
 
 
 def _is_number(value: object) -> bool:

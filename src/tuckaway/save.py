@@ -169,6 +169,6 @@ def _quantization_of(model: nn.Module) -> dict[str, Any] | None:
         nested=one.nested,
         blocksize=one.blocksize or 64,
         compute_dtype=one.compute_dtype,
-        int8_threshold=one.int8_threshold,
+        int8_threshold=one.int8_threshold if one.format == "int8" else 6.0,
         skip_modules=plain_linears or None,
     ).to_bitsandbytes()

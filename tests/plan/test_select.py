@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -292,6 +294,102 @@ def test_a_pattern_that_matches_nothing(parameter, caplog):
 def test_patterns_match_whole_names_only(pattern):
     with pytest.raises(ConfigError):
         choose_specs(layered(), ALL.replace(skip_modules=[pattern]))
+
+
+@pytest.mark.parametrize("written", ["re:h[.]1?[0-3][.]attn", re.compile(r"h\.1?[0-3]\.attn")])
+def test_regular_expressions_match_whole_paths(written):
+    every = quantized(layered())
+    left = every - quantized(layered(), ALL.replace(skip_modules=[written]))
+    assert left == {f"h.{i}.attn.weight" for i in (0, 1, 2, 3, 10)}
+    with pytest.raises(ConfigError, match="matches nothing"):
+        choose_specs(layered(), ALL.replace(skip_modules=["re:attn"]))
+
+
+def test_only_some_modules():
+    config = QuantizationConfig(only_modules=["h.*.attn", "h.3"])
+    expected = {f"h.{i}.attn.weight" for i in range(11)} | {"h.3.mlp.c_proj.weight"}
+    assert quantized(layered(), config) == expected
+    _, reasons = choose_specs(layered(), config)
+    assert reasons["h.0.mlp.c_proj.weight"] == "not in only_modules"
+    assert quantized(layered(), config.replace(skip_modules=["h.3.mlp"])) == {
+        f"h.{i}.attn.weight" for i in range(11)
+    }
+
+
+def formats_of(model: nn.Module, **options) -> dict[str, str | None]:
+    specs, _ = choose_specs(model, QuantizationConfig(**options))
+    return {
+        name: spec.layout and spec.layout.format for name, spec in specs.items() if name.endswith("weight")
+    }
+
+
+def test_formats_by_module():
+    found = formats_of(
+        layered(), format="fp4", formats={"h.1.mlp": None, "h.*.mlp": "nf4", "h.*": "int8", "h.2.mlp": "fp4"}
+    )
+    assert found["h.0.attn.weight"] == "int8"
+    assert found["h.0.mlp.c_proj.weight"] == "nf4"
+    assert found["h.1.mlp.c_proj.weight"] is None  # names count before wildcards, wherever they stand
+    assert found["h.2.mlp.c_proj.weight"] == "fp4"
+    assert found["c_proj2.weight"] is None  # the output head
+    _, reasons = choose_specs(layered(), QuantizationConfig(formats={"h.1.mlp": None}))
+    assert reasons["h.1.mlp.c_proj.weight"] == "formats: 'h.1.mlp' is None"
+
+
+def test_what_is_named_overrides_the_defaults_and_what_is_globbed_does_not():
+    def make():
+        return nn.ModuleDict(
+            {
+                "wte": nn.Embedding(99, 64),
+                "h": nn.Linear(64, 64),
+                "w": Written(scale=(64, 64)),
+                "head": nn.Linear(64, 99),
+            }
+        )
+
+    assert formats_of(make(), formats={"*": "int8"}) == {
+        "wte.weight": None,
+        "h.weight": "int8",
+        "head.weight": None,
+    }
+    named = formats_of(make(), formats={"wte": "int8", "head": "nf4"})
+    assert named == {"wte.weight": "int8", "h.weight": "nf4", "head.weight": "nf4"}
+    assert quantized(make(), QuantizationConfig(only_modules=["head", "scale"])) == {"head.weight", "w.scale"}
+
+
+def test_a_tied_tensor_has_one_format():
+    model = empty(lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=200)))
+    specs, reasons = choose_specs(
+        model, QuantizationConfig(formats={"lm_head": "int8", "transformer.*": "nf4"})
+    )
+    assert specs["lm_head.weight"] == specs["transformer.wte.weight"]
+    assert specs["lm_head.weight"].layout.format == "int8"
+    specs, reasons = choose_specs(model, QuantizationConfig(quantize_head=True))
+    assert "embedding" in reasons["lm_head.weight"]
+    specs, reasons = choose_specs(model, QuantizationConfig(quantize_head=True, quantize_embeddings=True))
+    assert specs["transformer.wte.weight"].layout.format == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"only_modules": ["attm"]}, "'attm' in only_modules .*did you mean 'attn'"),
+        ({"formats": {"h.*.mpl": "nf4"}}, r"'h.\*.mpl' in formats matches nothing"),
+        ({"formats": {"c_proj2.bias": "nf4"}}, "names nothing that can be quantized .*one-dimensional"),
+        ({"only_modules": ["h.1"], "skip_modules": ["h.1"]}, "names nothing that can be quantized .*skipped"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        choose_specs(layered(), QuantizationConfig(**options))
+
+
+def test_small_parameters_stay():
+    model = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 128)})
+    config = ALL.replace(min_weights=4097)
+    assert quantized(model, config) == {"b.weight"}
+    assert "min_weights" in choose_specs(model, config)[1]["a.weight"]
+    assert quantized(model, config.replace(formats={"a": "nf4"})) == {"a.weight", "b.weight"}
 
 
 def test_lazy_modules_are_refused():

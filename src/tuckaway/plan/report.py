@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -89,6 +90,16 @@ class QuantizationReport:
     def reasons(self) -> dict[str, int]:
         """Return how many parameters were left unquantized, by reason, the commonest first."""
         return dict(Counter(row.reason or "" for row in self.unquantized).most_common())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON has it: the rows under ``"tensors"``, and the sums."""
+        return {
+            "tensors": [asdict(row) | {"quantized": row.quantized} for row in self.rows],
+            "bytes": self.nbytes,
+            "formats": self.bytes_by_format(),
+            "devices": {str(place): size for place, size in self.bytes_by_device().items()},
+            "reasons": self.reasons(),
+        }
 
     def __str__(self) -> str:
         parts = [

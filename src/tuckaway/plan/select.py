@@ -1,41 +1,27 @@
 """What becomes of every tensor of a model: :func:`choose_specs`.
 
-A weight is chosen by what its module uses it for. Whatever is not quantized has a reason, in words, for the report:
-no model is silently half-quantized.
+A weight is chosen by what its module uses it for, and by what the config says of it. Whatever is not quantized has a
+reason, in words, for the report: no model is silently half-quantized.
 """
 
 from __future__ import annotations
 
-import logging
-import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from tuckaway.config import QuantizationConfig, as_dtype
-from tuckaway.errors import ConfigError, PlanError, nearest_names
-from tuckaway.plan.ties import ancestors, named_tensors, tied_groups
-from tuckaway.tensor import QuantizedTensor, TensorSpec, layout_for
+from tuckaway.errors import ConfigError, PlanError
+from tuckaway.plan.patterns import ModelNames, is_wild
+from tuckaway.plan.reasons import is_stored_transposed, quantized_spec, reason_against
+from tuckaway.plan.ties import named_tensors, tied_groups
+from tuckaway.tensor import QuantizedTensor, TensorSpec
 
 __all__ = ["choose_specs", "output_head"]
-
-_log = logging.getLogger("tuckaway")
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_THINNEST = 32
-"""Rows and columns a hand-written parameter must have: fewer are tables and states (``A_log [d, 16]``), not factors."""
-_WORTH_IT = 0.75
-"""Share of the plain bytes a quantized tensor may take. int8 scales of 3-wide convolution rows would take 1.17."""
-_TABLES = re.compile(
-    r"(^|_)(bias|biases|scale|scales|norm|gamma|beta|log|tokens?|pos|position|positional|positions|embed|embeds|"
-    r"embedding|embeddings|emb|anchors?)(_|$)"
-)
-"""Pieces of names that hand-written parameters have which are added or looked up, not multiplied with."""
 
 
 def choose_specs(
@@ -51,73 +37,42 @@ def choose_specs(
         model: may be empty (on the meta device); it is not changed.
         config: what to quantize to, and what not. ``None``: nothing is quantized, dtypes stay.
         dtype: dtype of what is not quantized; ``None``: the config's, and without one each tensor keeps its own.
-        strict: a name in ``skip_modules`` or ``keep_in_fp32_modules`` that matches nothing is an error. ``False``:
-            a warning, for configs that name modules of other models too (``"lm_head"`` on a model without one).
+        strict: a pattern of the config that matches nothing is an error. ``False``: a warning, for configs that name
+            modules of other models too (``"lm_head"`` on a model without one).
 
     Returns:
         The specs of all tensors under each of their names, in the model's order, and for those that are not
         quantized the reason.
 
     Raises:
-        ConfigError: a name that matches nothing.
+        ConfigError: a pattern that matches nothing, or a name in ``only_modules`` or ``formats`` below which nothing
+            can be quantized.
         PlanError: a lazy module whose parameters have no shape yet.
     """
     for name, tensor in named_tensors(model):
         if is_lazy(tensor):
             raise PlanError("a lazy module has no shapes yet", where=name, hint="run it once, then plan")
     wanted = as_dtype(dtype, "dtype") or (None if config is None else config.plain_dtype)
-    names = _Names(model)
-    skip_patterns = None if config is None else config.skip_modules
-    keep_patterns = None if config is None else config.keep_in_fp32_modules
-    skipped = {
-        name: f"skipped: {p!r}"
-        for p in skip_patterns or ()
-        for name in names.below(p, "skip_modules", strict)
-    }
-    kept = {n for p in keep_patterns or () for n in names.below(p, "keep_in_fp32_modules", strict)}
-    if config is not None and skip_patterns is None:
-        head = output_head(model)
-        if head is not None:
-            skipped = {name: "the output head" for name in names.within(head)}
-
-    reasons: dict[str, str] = {}
-    for name, tensor in names.parameters.items():
-        if isinstance(tensor, QuantizedTensor):
-            continue
-        if config is None:
-            reason: str | None = "no format was asked for"
-        elif name in skipped:
-            reason = skipped[name]
-        elif name in kept:
-            reason = "kept in fp32"
-        else:
-            reason = _reason_against(names.owner(name), name.rpartition(".")[2], tensor, config, wanted)
-        if reason is not None:
-            reasons[name] = reason
-    for group in tied_groups(model):
-        against = [name for name in group if name in reasons]
-        transposed = {_is_conv1d(names.owner(name)) for name in group}
-        for name in group:
-            if against and name not in reasons:
-                reasons[name] = f"tied to {against[0]} ({reasons[against[0]]})"
-            elif not against and len(transposed) > 1 and name in names.parameters:
-                reasons[name] = "tied to a weight that is stored transposed"
+    choice = _Choice(ModelNames(model, strict=strict), config, wanted, tied_groups(model))
+    names, reasons = choice.names, choice.reasons()
+    if config is not None and strict:
+        _refuse_idle_names(names, config, reasons)
 
     specs: dict[str, TensorSpec] = {}
-    fp32 = _with_ties(kept, tied_groups(model))
     for name, tensor in names.parameters.items():
         spec = TensorSpec.of(tensor)
         if spec.layout is None:
-            spec = _plain(spec, wanted, fp32=name in fp32)
+            spec = _plain(spec, wanted, fp32=name in choice.fp32)
             if config is not None and name not in reasons:
-                spec = _quantized(spec, config, transposed=_is_conv1d(names.owner(name)))
+                transposed = is_stored_transposed(names.owner(name))
+                spec = quantized_spec(spec, choice.config_of(name), transposed=transposed)
         specs[name] = spec
     for name, tensor in names.buffers.items():
         own = name.rpartition(".")[2]
         persistent = own not in names.owner(name)._non_persistent_buffers_set
         spec = TensorSpec.of(tensor, is_buffer=True, persistent=persistent)
         # values computed in the constructor (rotary frequencies) are not the checkpoint's: they keep their dtype
-        specs[name] = _plain(spec, wanted, fp32=name in fp32) if persistent else spec
+        specs[name] = _plain(spec, wanted, fp32=name in choice.fp32) if persistent else spec
         reasons[name] = "a buffer"
     return specs, reasons
 
@@ -150,48 +105,110 @@ def output_head(model: nn.Module) -> str | None:
     return name if weight.dim() == 2 or isinstance(last, _ConvNd) else None
 
 
-class _Names:
-    """A model's names, and the patterns that are matched against them."""
+class _Choice:
+    """A config read for one model: what it says of each name, tied names of one tensor alike."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-        self.parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.buffers = dict(model.named_buffers(remove_duplicate=False))
-        # parameters as well: the names in a checkpoint are what people copy
-        self.paths = [*filter(None, self.modules), *self.parameters, *self.buffers]
+    def __init__(
+        self,
+        names: ModelNames,
+        config: QuantizationConfig | None,
+        plain: torch.dtype | None,
+        groups: Sequence[Sequence[str]],
+    ) -> None:
+        self.names, self.config, self.plain, self.groups = names, config, plain, groups
+        self._left: dict[str, str] = {}
+        self.fp32: set[str] = set()
+        self._named: set[str] = set()
+        self._format: dict[str, str] = {}
+        self._configs: dict[str, QuantizationConfig] = {}
+        if config is not None:
+            self._read(config)
 
-    def owner(self, name: str) -> nn.Module:
-        """Return the module that holds a tensor."""
-        return self.modules[name.rpartition(".")[0]]
+    def config_of(self, name: str) -> QuantizationConfig:
+        """The config with the format that this parameter gets."""
+        assert self.config is not None
+        format = self._format.get(name, self.config.format)
+        if format not in self._configs:
+            self._configs[format] = self.config.replace(format=format)
+        return self._configs[format]
 
-    def within(self, path: str) -> Iterator[str]:
-        """Yield the names of the tensors at or below ``path``."""
-        for name in (*self.parameters, *self.buffers):
-            if path in ancestors(name):
-                yield name
+    def reasons(self) -> dict[str, str]:
+        """Why parameters stay unquantized, by each of their names."""
+        names, found = self.names, dict[str, str]()
+        for name, tensor in names.parameters.items():
+            if isinstance(tensor, QuantizedTensor):
+                continue
+            reason = self._left.get(name)
+            if self.config is None:
+                reason = "no format was asked for"
+            elif reason is None:
+                own, named = name.rpartition(".")[2], name in self._named
+                reason = reason_against(
+                    names.owner(name), own, tensor, self.config_of(name), self.plain, named=named
+                )
+            if reason is not None:
+                found[name] = reason
+        for group in self.groups:
+            against = [name for name in group if name in found]
+            transposed = {is_stored_transposed(names.owner(name)) for name in group}
+            for name in group:
+                if against and name not in found:
+                    found[name] = f"tied to {against[0]} ({found[against[0]]})"
+                elif not against and len(transposed) > 1 and name in names.parameters:
+                    found[name] = "tied to a weight that is stored transposed"
+        return found
 
-    def below(self, pattern: str, parameter: str, strict: bool) -> Iterator[str]:
-        """Yield the names of the tensors at or below whatever ``pattern`` matches."""
-        matched = {path for path in self.paths if _matches(pattern, path)}
-        if not matched:
-            message = f"{pattern!r} in {parameter} matches nothing in the model"
-            if strict:
-                raise ConfigError(message, hint=self._nearest(pattern) or "name modules by their dotted path")
-            _log.warning("%s", message)
-        for name in (*self.parameters, *self.buffers):
-            if not matched.isdisjoint(ancestors(name)):
-                yield name
+    def _read(self, config: QuantizationConfig) -> None:
+        names = self.names
+        choices = names.choices(config.formats or {})
+        exact = [
+            *(config.only_modules or ()),
+            *(p for p, f in (config.formats or {}).items() if f is not None),
+        ]
+        for pattern in exact:
+            self._named |= names.named_by(str(pattern), "only_modules")
+        self._named = _with_ties(self._named, self.groups)
+        if config.skip_modules is None and not config.quantize_head:
+            head = output_head(names.modules[""])
+            if head is not None:
+                self._leave({n: "the output head" for n in names.within(head) if n not in self._named})
+        self._format = self._tied_formats(choices)
+        self._leave({n: f"formats: {p!r} is None" for n, (p, f) in choices.items() if f is None})
+        if config.only_modules is not None:
+            only = {n for p in config.only_modules for n in names.below(str(p), "only_modules")}
+            only = _with_ties(only, self.groups)
+            self._leave({name: "not in only_modules" for name in names.parameters if name not in only})
+        kept = {
+            n for p in config.keep_in_fp32_modules or () for n in names.below(str(p), "keep_in_fp32_modules")
+        }
+        self._leave(dict.fromkeys(kept, "kept in fp32"))
+        self.fp32 = _with_ties(kept, self.groups)
+        for pattern in config.skip_modules or ():
+            self._leave({n: f"skipped: {pattern!r}" for n in names.below(str(pattern), "skip_modules")})
 
-    def _nearest(self, pattern: str) -> str:
-        pieces = pattern.count(".") + 1
-        ends = {".".join(path.split(".")[-pieces:]) for path in self.paths}
-        return nearest_names(pattern, [*ends, *self.paths])
+    def _leave(self, reasons: Mapping[str, str]) -> None:
+        self._left.update(reasons)
+
+    def _tied_formats(self, choices: Mapping[str, tuple[str, str | None]]) -> dict[str, str]:
+        """One tensor has one format: that of its first name that is named, else of the first that is matched."""
+        formats = {name: format for name, (_, format) in choices.items() if format is not None}
+        for group in self.groups:
+            given = sorted((n for n in group if n in formats), key=lambda n: is_wild(choices[n][0]))
+            if given:
+                formats.update(dict.fromkeys(group, formats[given[0]]))
+        return formats
 
 
-def _matches(pattern: str, path: str) -> bool:
-    if any(wild in pattern for wild in "*?["):
-        return fnmatchcase(path, pattern)
-    return path == pattern or path.endswith(f".{pattern}")
+def _refuse_idle_names(names: ModelNames, config: QuantizationConfig, reasons: Mapping[str, str]) -> None:
+    """Refuse a name that asks for something to be quantized where nothing is: it would do nothing, silently."""
+    asked = [*(config.only_modules or ()), *(p for p, f in (config.formats or {}).items() if f is not None)]
+    for pattern in map(str, asked):
+        if is_wild(pattern):
+            continue
+        below = [name for name in names.below(pattern, "formats") if name in names.parameters]
+        if all(name in reasons for name in below):
+            why = "; ".join(f"{name}: {reasons[name]}" for name in below[:3]) or "it has no parameters"
+            raise ConfigError(f"{pattern!r} names nothing that can be quantized", where=why)
 
 
 def _with_ties(names: set[str], groups: Iterable[Sequence[str]]) -> set[str]:
@@ -205,94 +222,4 @@ def _plain(spec: TensorSpec, dtype: torch.dtype | None, *, fp32: bool) -> Tensor
     convertible = spec.dtype.is_floating_point and spec.dtype.itemsize >= 2
     if wanted is None or not convertible:
         return spec
-    return _changed(spec, dtype=wanted)
-
-
-def _quantized(spec: TensorSpec, config: QuantizationConfig, *, transposed: bool) -> TensorSpec:
-    shape = (*spec.shape[:-2], spec.shape[-1], spec.shape[-2]) if transposed else spec.shape
-    layout = layout_for(config, shape, spec.dtype, transposed=transposed)
-    return TensorSpec(spec.shape, spec.dtype, layout, requires_grad=False)
-
-
-def _changed(spec: TensorSpec, *, dtype: torch.dtype) -> TensorSpec:
-    return TensorSpec(spec.shape, dtype, spec.layout, spec.requires_grad, spec.is_buffer, spec.persistent)
-
-
-# Reasons against quantizing, in the order they are asked
-
-
-def _reason_against(
-    module: nn.Module, own: str, tensor: torch.Tensor, config: QuantizationConfig, plain: torch.dtype | None
-) -> str | None:
-    dtype = plain or tensor.dtype
-    shape = tuple(tensor.shape)
-    if not tensor.is_floating_point():
-        return f"{_short(tensor.dtype)} values"
-    if dtype not in _FLOATS or tensor.dtype.itemsize < 2:
-        return f"{_short(tensor.dtype)} is quantized already or wider than fp32"
-    if len(shape) < 2:
-        return "one-dimensional"
-    for kinds, reason in _KINDS:
-        if isinstance(module, kinds):
-            found = reason(module, own, config) if callable(reason) else reason
-            if found is not None:
-                return found
-    if re.search(r"Norm(\dd)?$", type(module).__name__):
-        return "a norm"
-    if shape[0] == 1 or math.prod(shape) == max(shape):
-        return "a broadcast vector"
-    if not (isinstance(module, _MATRICES) or _is_conv1d(module)):
-        found = _hand_written(module, own, tensor)
-        if found is not None:
-            return found
-    if math.prod(shape) < config.blocksize:
-        return "smaller than one block of weights"
-    spec = TensorSpec(shape, dtype)
-    if _quantized(spec, config, transposed=_is_conv1d(module)).nbytes > _WORTH_IT * spec.nbytes:
-        return f"rows too short: {config.format} would not be smaller"
-    return None
-
-
-def _embedding(module: nn.Module, own: str, config: QuantizationConfig) -> str | None:
-    if not config.quantize_embeddings:
-        return "an embedding (quantize_embeddings is off)"
-    return "an embedding with max_norm writes to its weight" if getattr(module, "max_norm", None) else None
-
-
-def _convolution(module: nn.Module, own: str, config: QuantizationConfig) -> str | None:
-    # groups of one channel are a filter each: few weights, and every error in them stays
-    return "a depthwise convolution" if module.groups > 1 and module.weight.shape[1] == 1 else None  # type: ignore[operator, index]
-
-
-_MATRICES = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.Embedding, _ConvNd)
-
-_Reason = str | Callable[[nn.Module, str, QuantizationConfig], str | None]
-_KINDS: tuple[tuple[type | tuple[type, ...], _Reason], ...] = (
-    (nn.Embedding, _embedding),
-    (nn.EmbeddingBag, "an embedding bag"),
-    ((nn.RNNBase, nn.RNNCellBase), "recurrent weights are used inside torch's own kernels"),
-    ((nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase), "a norm"),
-    (_ConvTransposeNd, "a transposed convolution"),
-    (_ConvNd, _convolution),
-)
-
-
-def _hand_written(module: nn.Module, own: str, tensor: torch.Tensor) -> str | None:
-    if getattr(tensor, "_no_weight_decay", False):
-        return "marked as no weight matrix (_no_weight_decay)"
-    if _TABLES.search(own.lower()):
-        return "named like something added or looked up"
-    if "Router" in type(module).__name__:
-        return "a router"
-    if min(tensor.shape[-2:]) < _THINNEST:
-        return f"fewer than {_THINNEST} rows or columns"
-    return None
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Tell transformers' ``Conv1D``, an ``nn.Linear`` whose weight is ``[in, out]``, without importing it."""
-    return any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return replace(spec, dtype=wanted)
