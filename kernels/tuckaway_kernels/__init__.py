@@ -9,6 +9,7 @@ from __future__ import annotations
 import tuckaway_kernels.dequantize_4bit.launch
 import tuckaway_kernels.dequantize_int8.launch
 import tuckaway_kernels.embedding.launch
+import tuckaway_kernels.grouped_linear.launch
 import tuckaway_kernels.linear_4bit.launch
 import tuckaway_kernels.linear_int8.launch
 import tuckaway_kernels.nested_scales.launch

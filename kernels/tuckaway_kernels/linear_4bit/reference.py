@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from tuckaway_kernels.codebooks import NESTED_BLOCKSIZE, check_4bit, check_storage
-from tuckaway_kernels.pieces import alignment_rows, product_by_pieces
+from tuckaway_kernels.pieces import Decode, alignment_rows, product_by_pieces
 
 
 def linear_4bit(
@@ -86,6 +86,22 @@ def decoded_product(
     dequantize_out: Callable[[torch.Tensor, torch.Tensor, str, int, torch.Tensor], None],
 ) -> torch.Tensor:
     """Multiply by pieces of the matrix that ``dequantize_out`` decodes; see `linear_4bit`. ``absmax`` is fp32."""
+    decode = decoder(codes, absmax, format, blocksize, cols, dequantize_out)
+    unit = alignment_rows(cols, blocksize)
+    return product_by_pieces(
+        x, bias, rows, cols, transpose, compute_dtype, decode, unit=unit, spare=blocksize
+    )
+
+
+def decoder(
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    format: str,
+    blocksize: int,
+    cols: int,
+    dequantize_out: Callable[[torch.Tensor, torch.Tensor, str, int, torch.Tensor], None],
+) -> Decode:
+    """Return what decodes rows of the matrix for `pieces`, by ``dequantize_out``; its buffer has a block to spare."""
     flat_codes, flat_absmax = codes.view(-1), absmax.view(-1)
 
     def decode(first: int, last: int, buffer: torch.Tensor) -> torch.Tensor:
@@ -103,10 +119,7 @@ def decoded_product(
         )
         return window[start - begin :].view(last - first, cols)
 
-    unit = alignment_rows(cols, blocksize)
-    return product_by_pieces(
-        x, bias, rows, cols, transpose, compute_dtype, decode, unit=unit, spare=blocksize
-    )
+    return decode
 
 
 def check_linear_4bit(
