@@ -57,7 +57,8 @@ def test_headers_are_padded_and_offsets_follow_one_another():
     assert len(shard.header) % 8 == 0
     assert int.from_bytes(shard.header[:8], "little") == len(shard.header) - 8
     assert shard.header[8:].rstrip(b" ").decode() == (
-        '{"__metadata__":{"format":"pt"},"é":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},'
+        '{"__metadata__":{"format":"pt","tuckaway.checksums":"crc32",'
+        '"tuckaway.crc32":"00000000 00000000 00000000"},"é":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},'
         '"s":{"dtype":"I64","shape":[],"data_offsets":[24,32]}}'
     )
     assert shard.nbytes == len(shard.header) + 32

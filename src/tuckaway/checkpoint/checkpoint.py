@@ -27,7 +27,13 @@ from tuckaway.checkpoint.index import (
 )
 from tuckaway.checkpoint.pickle import read_pickle
 from tuckaway.checkpoint.reader import PIECE_BYTES, Piece, Request, read_tensor, stream
-from tuckaway.errors import CheckpointError, CheckpointNotFound, UnsafeFormatError, nearest_names
+from tuckaway.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    ChecksumError,
+    UnsafeFormatError,
+    nearest_names,
+)
 
 __all__ = ["Checkpoint"]
 
@@ -54,7 +60,12 @@ class Checkpoint:
 
     @classmethod
     def open(
-        cls, location: str | os.PathLike[str], *, revision: str | None = None, allow_pickle: bool = True
+        cls,
+        location: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        allow_pickle: bool = True,
+        verify_checksums: bool = True,
     ) -> Checkpoint:
         """Find a checkpoint and check all of its headers; no tensor is read.
 
@@ -64,8 +75,11 @@ class Checkpoint:
                 safetensors before pickles.
             revision: branch, tag or commit, for a Hub id.
             allow_pickle: read pickles where there is nothing else (``weights_only=True`` always, with a warning).
+            verify_checksums: compare headers and index with the checksums that tuckaway writes, now, and every tensor
+                when it is read. Files of other programs have none.
 
         Raises:
+            ChecksumError: a header or an index is not what tuckaway wrote.
             CheckpointNotFound: there is none, here or on the Hub.
             HeaderError: a safetensors header breaks the format's rules.
             TruncatedError: a file ends before its tensors do.
@@ -88,9 +102,9 @@ class Checkpoint:
                 _log.info("reading %s, not %s beside it", path, ", ".join(passed_over))
             resolve_inside(folder, path.name, folder)
         if path.name.endswith(INDEX_SUFFIX):
-            return _open_index(path, allow_pickle)
+            return _open_index(path, allow_pickle, verify_checksums)
         if path.name.endswith(SAFETENSORS):
-            header = read_header(path)
+            header = read_header(path, verify=verify_checksums)
             return cls(header.entries, (path,), header.metadata, path.parent)
         if path.name.endswith(PICKLE_SUFFIXES):
             _permit_pickle(path, allow_pickle)
@@ -170,8 +184,8 @@ def _locate(location: str | os.PathLike[str], revision: str | None, allow_pickle
     raise CheckpointNotFound("no such file or folder", where=path, hint=hint)
 
 
-def _open_index(path: Path, allow_pickle: bool) -> Checkpoint:
-    index = read_index(path)
+def _open_index(path: Path, allow_pickle: bool, verify: bool) -> Checkpoint:
+    index = read_index(path, verify=verify)
     found: dict[str, dict[str, TensorEntry]] = {}
     metadata: dict[str, str] = {}
     if index.pickled:
@@ -180,7 +194,13 @@ def _open_index(path: Path, allow_pickle: bool) -> Checkpoint:
         if index.pickled:
             found[name] = read_pickle(shard)
         else:
-            header = read_header(shard)
+            header = read_header(shard, verify=verify)
+            if header.sealed and verify and not index.sealed:
+                raise ChecksumError(
+                    "the shards have checksums and their index has none",
+                    where=path,
+                    hint="write or download it again, or read it with verify_checksums=False",
+                )
             found[name] = header.entries
             metadata = {**header.metadata, **metadata}
     check_shards(index, found)

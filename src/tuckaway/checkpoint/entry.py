@@ -67,6 +67,7 @@ class TensorEntry:
         offset: first byte in the file.
         nbytes: ``shape`` times the size of ``dtype``.
         identity: the file as it was when its header was checked; ``None``: reads do not compare.
+        crc32: checksum of the bytes that whoever wrote the file recorded; ``None``: reads do not compare.
     """
 
     name: str
@@ -76,6 +77,7 @@ class TensorEntry:
     offset: int
     nbytes: int
     identity: FileIdentity | None = field(default=None, repr=False, compare=False)
+    crc32: int | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     @property
     def numel(self) -> int:

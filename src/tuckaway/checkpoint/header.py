@@ -19,6 +19,7 @@ import torch
 
 from tuckaway import files
 from tuckaway.checkpoint.entry import FileIdentity, TensorEntry, open_regular
+from tuckaway.checkpoint.seal import is_sealed, verified
 from tuckaway.errors import CheckpointError, HeaderError, StoreError, TruncatedError
 
 __all__ = ["DTYPES", "MAX_HEADER", "Header", "loads_strictly", "parse_header", "read_header"]
@@ -65,17 +66,24 @@ class Header:
         entries: every tensor by its name, in file order.
         metadata: the ``__metadata__`` of the file.
         identity: the file as it was.
+        sealed: it had checksums, which the entries have now, and its own was right.
     """
 
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]
     identity: FileIdentity
+    sealed: bool = False
 
 
-def read_header(path: files.PathLike) -> Header:
+def read_header(path: files.PathLike, *, verify: bool = True) -> Header:
     """Read and check the header of a safetensors file; its tensors are not read.
 
+    Args:
+        path: the file.
+        verify: compare the header with its checksum, and take those of the tensors over; where there are any.
+
     Raises:
+        ChecksumError: the header is not what tuckaway wrote.
         HeaderError: the header breaks a rule of the format, or the file has bytes behind its tensors.
         TruncatedError: the file ends before its header or its tensors do.
         CheckpointNotFound: there is no such file.
@@ -89,20 +97,24 @@ def read_header(path: files.PathLike) -> Header:
         start, text = _read_text(fd, identity.size, path)
     finally:
         os.close(fd)
-    return parse_header(text, path, start, identity)
+    return parse_header(text, path, start, identity, verify=verify)
 
 
-def parse_header(text: bytes, path: Path, start: int, identity: FileIdentity) -> Header:
+def parse_header(
+    text: bytes, path: Path, start: int, identity: FileIdentity, *, verify: bool = True
+) -> Header:
     """Check a header's text, in a file of which ``identity`` gives the size and whose tensors begin at ``start``.
 
     Raises:
-        HeaderError, TruncatedError: as :func:`read_header`.
+        HeaderError, TruncatedError, ChecksumError: as :func:`read_header`.
     """
     content = loads_strictly(text, path, offset=8)
     metadata = content.pop("__metadata__", {})
     if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
         raise HeaderError("__metadata__ does not map strings to strings", where=path, hint=_AGAIN)
-    return Header(_entries(content, path, start, identity), metadata, identity)
+    entries = _entries(content, path, start, identity)
+    sealed = verify and is_sealed(metadata)
+    return Header(verified(text, metadata, entries, path, verify=verify), metadata, identity, sealed)
 
 
 def _read_text(fd: int, size: int, path: Path) -> tuple[int, bytes]:

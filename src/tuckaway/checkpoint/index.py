@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from tuckaway import files
 from tuckaway.checkpoint.entry import TensorEntry, open_regular
 from tuckaway.checkpoint.header import MAX_HEADER, loads_strictly
+from tuckaway.checkpoint.seal import check_index
 from tuckaway.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -30,6 +31,7 @@ __all__ = [
     "check_one_format",
     "check_shards",
     "find_weights",
+    "parse_index",
     "read_index",
     "resolve_inside",
     "shard_names",
@@ -58,12 +60,14 @@ class ShardIndex:
         weight_map: tensor name to file name, as written.
         shards: file name to its path, in the order of the names; every one exists inside the folder.
         metadata: the index's own ``metadata``.
+        sealed: it had a checksum, and that was right.
     """
 
     path: Path
     weight_map: dict[str, str]
     shards: dict[str, Path]
     metadata: dict[str, object]
+    sealed: bool = False
 
     @property
     def pickled(self) -> bool:
@@ -71,16 +75,21 @@ class ShardIndex:
         return not next(iter(self.shards), SAFETENSORS).endswith(SAFETENSORS)
 
 
-def read_index(path: files.PathLike) -> ShardIndex:
+def read_index(path: files.PathLike, *, verify: bool = True) -> ShardIndex:
     """Read an index and find its shards; the shards are not opened.
 
+    Args:
+        path: the index.
+        verify: compare it with its checksum, if it has one.
+
     Raises:
+        ChecksumError: it is not what tuckaway wrote.
         ShardIndexError: it is no index, gives a tensor two shards, or names a shard that is missing.
         UnsafePathError: it names a path that leads out of its folder.
         UnsafeFormatError: its shards are of different formats, or of an unknown one.
     """
     path = Path(path)
-    weight_map, metadata = _parse(path)
+    weight_map, metadata, sealed = parse_index(_read_all(path), path, verify=verify)
     names = sorted(set(weight_map.values()))
     check_one_format(names, path)
     shards = {name: resolve_inside(path.parent, name, path) for name in names}
@@ -92,7 +101,7 @@ def read_index(path: files.PathLike) -> ShardIndex:
             where=path,
             hint="download them, or the whole checkpoint, again",
         )
-    return ShardIndex(path, weight_map, shards, metadata)
+    return ShardIndex(path, weight_map, shards, metadata, sealed)
 
 
 def shard_names(path: Path) -> list[str]:
@@ -101,20 +110,29 @@ def shard_names(path: Path) -> list[str]:
     Raises:
         ShardIndexError, UnsafePathError, UnsafeFormatError: as :func:`read_index`.
     """
-    names = sorted(set(_parse(path)[0].values()))
+    names = sorted(set(parse_index(_read_all(path), path)[0].values()))
     check_one_format(names, path)
     for name in names:
         resolve_inside(path.parent, name, path)
     return names
 
 
-def _parse(path: Path) -> tuple[dict[str, str], dict[str, object]]:
-    """Return an index's ``weight_map`` and ``metadata``."""
-    content = loads_strictly(_read_all(path), path, error=ShardIndexError, floats=True)
+def parse_index(
+    text: bytes, path: Path, *, verify: bool = True
+) -> tuple[dict[str, str], dict[str, object], bool]:
+    """Return an index's ``weight_map`` and ``metadata``, and whether a checksum vouches for them.
+
+    Raises:
+        ShardIndexError: it is no index.
+        ChecksumError: it is not what tuckaway wrote.
+    """
+    content = loads_strictly(text, path, error=ShardIndexError, floats=True)
     weight_map, metadata = content.get("weight_map"), content.get("metadata", {})
     if not isinstance(weight_map, dict) or not all(type(name) is str for name in weight_map.values()):
         raise ShardIndexError("the index has no weight_map from names to files", where=path)
-    return weight_map, metadata if isinstance(metadata, dict) else {}
+    if not isinstance(metadata, dict):
+        return weight_map, {}, False
+    return weight_map, metadata, verify and check_index(text, metadata, path)
 
 
 def _read_all(path: Path) -> bytes:

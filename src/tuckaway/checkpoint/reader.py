@@ -27,7 +27,7 @@ from tuckaway import files
 from tuckaway.checkpoint.entry import ResidentEntry, StridedEntry, TensorEntry, open_regular
 from tuckaway.checkpoint.progress import Progress
 from tuckaway.checkpoint.ring import Ring, Slot
-from tuckaway.errors import CheckpointError, StoreError, TruncatedError
+from tuckaway.errors import CheckpointError, ChecksumError, StoreError, TruncatedError
 
 __all__ = ["PIECE_BYTES", "Piece", "Request", "read_tensor", "stream"]
 
@@ -70,9 +70,9 @@ class Piece:
     last: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Part:
-    """What one piece is to be: ``nbytes`` bytes of the file, put at ``place`` of a buffer."""
+    """What one piece is to be: ``nbytes`` bytes of the file, put at ``place`` of a buffer; once read, their CRC-32."""
 
     entry: TensorEntry
     start: int
@@ -80,6 +80,7 @@ class _Part:
     nbytes: int
     place: int
     last: bool
+    crc32: int | None = None
 
 
 @dataclass(slots=True)
@@ -129,6 +130,7 @@ def stream(
     Raises:
         ValueError: ``piece_bytes`` or an ``align`` is below 1.
         TruncatedError: while iterating, a file ends before a tensor does.
+        ChecksumError: while iterating, before a tensor's last piece, its bytes are not those that were written.
         CheckpointError: while iterating, a file was changed since its header was checked, or the disk failed.
 
     Example:
@@ -157,6 +159,7 @@ def _run(requests: list[Request], piece_bytes: int, progress: bool | None, ring:
     batches = _batches(requests, piece_bytes)
     free = deque(ring.slots(min(piece_bytes + _SLOT, total + _SLOT * len(requests))))
     inflight: deque[tuple[_Batch, Slot, Any]] = deque()
+    sums = _Sums()
     with (
         closing(_Sources(ring.threads)) as sources,
         Progress(total, "Loading weights", show=progress) as bar,
@@ -172,6 +175,7 @@ def _run(requests: list[Request], piece_bytes: int, progress: bool | None, ring:
                 batch, slot, future = inflight.popleft()
                 tensors = future.result()
                 for part, tensor in zip(batch.parts, tensors, strict=True):
+                    sums.add(part)
                     yield Piece(part.entry, part.start, tensor, part.last)
                     bar.update(part.nbytes, part.entry.name)
                 del tensors
@@ -200,6 +204,34 @@ def _batches(requests: list[Request], piece_bytes: int) -> Iterator[_Batch]:
             batch.add(entry, start, nbytes, start + count == entry.numel)
     if batch.parts:
         yield batch
+
+
+class _Sums:
+    """Puts the checksums of the pieces together, which threads computed in any order."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, int] = {}  # of the tensors that are under way
+
+    def add(self, part: _Part) -> None:
+        """Take the next piece of a tensor; the last one compares."""
+        if part.crc32 is None:
+            return
+        value = part.crc32
+        if part.start:
+            value = files.crc32_combine(self.known.pop(part.entry.name), value, part.nbytes)
+        if part.last:
+            _compare(part.entry, value)
+        else:
+            self.known[part.entry.name] = value
+
+
+def _compare(entry: TensorEntry, value: int) -> None:
+    if value != entry.crc32:
+        raise ChecksumError(
+            f"the bytes of {entry.name!r} changed on disk",
+            where=f"{entry.path}, bytes {entry.offset} to {entry.offset + entry.nbytes}",
+            hint="write or download it again, or read it with verify_checksums=False",
+        )
 
 
 class _Sources:
@@ -253,6 +285,9 @@ class _Source:
         self.open(first.entry)
         views = [view[part.place : part.place + part.nbytes] for part in batch.parts if part.nbytes]
         self.read(views, first.offset, batch)
+        for part in batch.parts:
+            if part.entry.crc32 is not None:
+                part.crc32 = files.crc32(view[part.place : part.place + part.nbytes])
         return [
             memory[part.place : part.place + part.nbytes].view(part.entry.dtype)
             if part.nbytes
@@ -350,6 +385,8 @@ def _make(entry: TensorEntry, source: _Source) -> torch.Tensor:
         source.open(entry)
         batch = _Batch([_Part(entry, 0, entry.offset, nbytes, 0, True)], nbytes)
         source.read([_bytes(memory)], entry.offset, batch)
+    if entry.crc32 is not None:
+        _compare(entry, files.crc32(_bytes(memory)))
     values = memory.view(entry.dtype)
     if isinstance(entry, StridedEntry):
         return values.as_strided(entry.shape, entry.stride).contiguous()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from tuckaway.checkpoint.header import DTYPES, MAX_HEADER
+from tuckaway.checkpoint.seal import is_sealed, placeholder, seal
 from tuckaway.errors import CheckpointError
 
 __all__ = ["ShardLayout", "as_bytes", "plan_shards"]
@@ -48,6 +49,10 @@ class ShardLayout:
         """Bytes of the file."""
         return len(self.header) + self.data_bytes
 
+    def sealed(self, sums: Mapping[str, int]) -> bytes:
+        """Return the header with the checksums of all tensors, by their names, filled in; it is no longer."""
+        return self.header[:8] + seal(self.header[8:], [sums[name] for name in self.tensors])
+
 
 def as_bytes(size: int | str) -> int:
     """Read a size: a number of bytes, or text like ``"10GB"`` (10**9 each) or ``"512MiB"`` (2**20 each).
@@ -78,6 +83,8 @@ def plan_shards(
     Raises:
         CheckpointError: a name occurs twice or is reserved, or a dtype the format does not have.
     """
+    if is_sealed(metadata):
+        raise CheckpointError("metadata with keys that are reserved for checksums")
     shards = [ShardLayout()]
     seen = set()
     for name, dtype, shape in specs:
@@ -100,7 +107,7 @@ def plan_shards(
 
 def _header(shard: ShardLayout, metadata: dict[str, str]) -> bytes:
     """Return the length, the JSON and spaces up to a multiple of 8, so that the first tensor is aligned."""
-    content: dict[str, object] = {"__metadata__": metadata}
+    content: dict[str, object] = {"__metadata__": {**metadata, **placeholder(len(shard.tensors))}}
     for name, (dtype, shape, offset, nbytes) in shard.tensors.items():
         content[name] = {
             "dtype": _NAMES[dtype],

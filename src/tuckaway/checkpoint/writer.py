@@ -38,6 +38,7 @@ import torch
 
 from tuckaway import files
 from tuckaway.checkpoint.index import read_index
+from tuckaway.checkpoint.seal import INDEX_PLACEHOLDER, sealed_index
 from tuckaway.checkpoint.shards import ShardLayout, as_bytes, plan_shards
 from tuckaway.errors import CheckpointError, DTypeMismatch, ShapeMismatch, StoreBusy, StoreError
 
@@ -165,15 +166,13 @@ class CheckpointWriter:
                 raise DTypeMismatch(f"{name!r} was planned as {dtype} and is {piece.dtype}")
             if done + piece.numel() * dtype.itemsize > nbytes:
                 raise ShapeMismatch(f"{name!r} was planned as {list(shape)} and has more elements")
-            done += shard.write(offset + done, piece)
+            done += shard.write(name, offset + done, piece)
         if done < nbytes:
             raise ShapeMismatch(
                 f"{name!r} was planned as {list(shape)} and has {done // dtype.itemsize} elements"
             )
         del self._of[name]
-        shard.left -= 1
-        if shard.left == 0:
-            shard.file.finish()
+        shard.finished_one()
 
     def commit(self) -> tuple[Path, ...]:
         """Make the new checkpoint the folder's one, and return its weight files.
@@ -242,8 +241,11 @@ class CheckpointWriter:
     def _index(self) -> bytes:
         weight_map = {name: shard.file.path.name for shard in self._shards for name in shard.layout.tensors}
         total = sum(nbytes for shard in self._shards for _, _, _, nbytes in shard.layout.tensors.values())
-        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
+        content = {
+            "metadata": {"total_size": total, **INDEX_PLACEHOLDER},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        return sealed_index(json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
 
     def discard(self) -> None:
         """Remove every trace of what was not committed. Twice, or after a commit, does no harm."""
@@ -275,6 +277,7 @@ class _OpenShard:
     def __init__(self, layout: ShardLayout, path: Path) -> None:
         self.layout = layout
         self.left = len(layout.tensors)
+        self.sums = dict.fromkeys(layout.tensors, 0)
         self.file = files.AtomicFile(path, layout.nbytes)
         try:
             self.file.write_at(0, layout.header)
@@ -282,12 +285,21 @@ class _OpenShard:
             self.file.discard()
             raise
 
-    def write(self, offset: int, tensor: torch.Tensor) -> int:
-        """Write a tensor's elements at a byte of the data and return their number of bytes."""
+    def write(self, name: str, offset: int, tensor: torch.Tensor) -> int:
+        """Write a tensor's next elements at a byte of the data and return their number of bytes."""
         flat = tensor.detach().reshape(-1)
         step = max(1, _CHUNK // flat.dtype.itemsize)
         start = len(self.layout.header) + offset
         for first in range(0, flat.numel(), step):
             part = flat[first : first + step].cpu().contiguous()
-            self.file.write_at(start + first * flat.dtype.itemsize, part.view(torch.uint8).numpy())
+            data = part.view(torch.uint8).numpy()
+            self.file.write_at(start + first * flat.dtype.itemsize, data)
+            self.sums[name] = files.crc32(data, self.sums[name])
         return flat.numel() * flat.dtype.itemsize
+
+    def finished_one(self) -> None:
+        """Note that a tensor is complete; after the last one the header gets the checksums, and the file is closed."""
+        self.left -= 1
+        if self.left == 0:
+            self.file.write_at(0, self.layout.sealed(self.sums))
+            self.file.finish()

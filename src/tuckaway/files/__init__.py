@@ -9,6 +9,7 @@ disk or quota is a :class:`~tuckaway.errors.StoreFull`.
 """
 
 from tuckaway.files.atomic import AtomicFile, reap, write_atomically
+from tuckaway.files.checksum import crc32, crc32_combine
 from tuckaway.files.lock import FolderLock
 from tuckaway.files.system import (
     PathLike,
@@ -28,6 +29,8 @@ __all__ = [
     "AtomicFile",
     "FolderLock",
     "PathLike",
+    "crc32",
+    "crc32_combine",
     "make_folder",
     "read_at",
     "reap",
