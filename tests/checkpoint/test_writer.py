@@ -89,6 +89,7 @@ def test_names_and_index_are_those_of_hugging_face(tmp_path):
         INDEX,
     ]
     index = json.loads((tmp_path / INDEX).read_text())
+    assert index["metadata"].pop("tuckaway.checksums") == "crc32"
     assert len(index["metadata"].pop("tuckaway.crc32")) == 8
     assert index == {
         "metadata": {"total_size": 60},

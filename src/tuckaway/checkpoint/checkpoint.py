@@ -30,7 +30,6 @@ from tuckaway.checkpoint.reader import PIECE_BYTES, Piece, Request, read_tensor,
 from tuckaway.errors import (
     CheckpointError,
     CheckpointNotFound,
-    ChecksumError,
     UnsafeFormatError,
     nearest_names,
 )
@@ -195,12 +194,6 @@ def _open_index(path: Path, allow_pickle: bool, verify: bool) -> Checkpoint:
             found[name] = read_pickle(shard)
         else:
             header = read_header(shard, verify=verify)
-            if header.sealed and verify and not index.sealed:
-                raise ChecksumError(
-                    "the shards have checksums and their index has none",
-                    where=path,
-                    hint="write or download it again, or read it with verify_checksums=False",
-                )
             found[name] = header.entries
             metadata = {**header.metadata, **metadata}
     check_shards(index, found)

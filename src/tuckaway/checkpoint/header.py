@@ -19,7 +19,7 @@ import torch
 
 from tuckaway import files
 from tuckaway.checkpoint.entry import FileIdentity, TensorEntry, open_regular
-from tuckaway.checkpoint.seal import is_sealed, verified
+from tuckaway.checkpoint.seal import verified
 from tuckaway.errors import CheckpointError, HeaderError, StoreError, TruncatedError
 
 __all__ = ["DTYPES", "MAX_HEADER", "Header", "loads_strictly", "parse_header", "read_header"]
@@ -66,13 +66,11 @@ class Header:
         entries: every tensor by its name, in file order.
         metadata: the ``__metadata__`` of the file.
         identity: the file as it was.
-        sealed: it had checksums, which the entries have now, and its own was right.
     """
 
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]
     identity: FileIdentity
-    sealed: bool = False
 
 
 def read_header(path: files.PathLike, *, verify: bool = True) -> Header:
@@ -113,8 +111,7 @@ def parse_header(
     if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
         raise HeaderError("__metadata__ does not map strings to strings", where=path, hint=_AGAIN)
     entries = _entries(content, path, start, identity)
-    sealed = verify and is_sealed(metadata)
-    return Header(verified(text, metadata, entries, path, verify=verify), metadata, identity, sealed)
+    return Header(verified(text, metadata, entries, path, verify=verify), metadata, identity)
 
 
 def _read_text(fd: int, size: int, path: Path) -> tuple[int, bytes]:

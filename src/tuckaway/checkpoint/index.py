@@ -60,14 +60,12 @@ class ShardIndex:
         weight_map: tensor name to file name, as written.
         shards: file name to its path, in the order of the names; every one exists inside the folder.
         metadata: the index's own ``metadata``.
-        sealed: it had a checksum, and that was right.
     """
 
     path: Path
     weight_map: dict[str, str]
     shards: dict[str, Path]
     metadata: dict[str, object]
-    sealed: bool = False
 
     @property
     def pickled(self) -> bool:
@@ -89,7 +87,7 @@ def read_index(path: files.PathLike, *, verify: bool = True) -> ShardIndex:
         UnsafeFormatError: its shards are of different formats, or of an unknown one.
     """
     path = Path(path)
-    weight_map, metadata, sealed = parse_index(_read_all(path), path, verify=verify)
+    weight_map, metadata = parse_index(_read_all(path), path, verify=verify)
     names = sorted(set(weight_map.values()))
     check_one_format(names, path)
     shards = {name: resolve_inside(path.parent, name, path) for name in names}
@@ -101,7 +99,7 @@ def read_index(path: files.PathLike, *, verify: bool = True) -> ShardIndex:
             where=path,
             hint="download them, or the whole checkpoint, again",
         )
-    return ShardIndex(path, weight_map, shards, metadata, sealed)
+    return ShardIndex(path, weight_map, shards, metadata)
 
 
 def shard_names(path: Path) -> list[str]:
@@ -117,10 +115,8 @@ def shard_names(path: Path) -> list[str]:
     return names
 
 
-def parse_index(
-    text: bytes, path: Path, *, verify: bool = True
-) -> tuple[dict[str, str], dict[str, object], bool]:
-    """Return an index's ``weight_map`` and ``metadata``, and whether a checksum vouches for them.
+def parse_index(text: bytes, path: Path, *, verify: bool = True) -> tuple[dict[str, str], dict[str, object]]:
+    """Return an index's ``weight_map`` and ``metadata``.
 
     Raises:
         ShardIndexError: it is no index.
@@ -131,8 +127,9 @@ def parse_index(
     if not isinstance(weight_map, dict) or not all(type(name) is str for name in weight_map.values()):
         raise ShardIndexError("the index has no weight_map from names to files", where=path)
     if not isinstance(metadata, dict):
-        return weight_map, {}, False
-    return weight_map, metadata, verify and check_index(text, metadata, path)
+        metadata = {}
+    check_index(text, metadata, path, verify=verify)
+    return weight_map, metadata
 
 
 def _read_all(path: Path) -> bytes:

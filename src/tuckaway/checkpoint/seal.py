@@ -3,11 +3,11 @@
 ::
 
     shard:  "__metadata__": {..., "tuckaway.checksums": "crc32", "tuckaway.crc32": "HHHHHHHH TTTTTTTT TTTTTTTT ..."}
-    index:  "metadata": {"total_size": ..., "tuckaway.crc32": "HHHHHHHH"}
+    index:  "metadata": {"total_size": ..., "tuckaway.checksums": "crc32", "tuckaway.crc32": "HHHHHHHH"}
 
 Eight hexadecimal digits each: ``T`` of a tensor's bytes, in the order the tensors lie in the file (empty ones in the
 header's order); ``H`` of the header's JSON, or of the index, as it stands but with ``H`` itself written as eight zeros.
-The two keys of a header vouch for each other, so that no single wrong byte can make a sealed file look unsealed.
+The two keys vouch for each other, so that no single wrong byte can make a sealed file look unsealed.
 safetensors and everything built on it passes over the keys. Any other program may write them; files without them are
 read unverified.
 
@@ -31,11 +31,12 @@ _ALGORITHM_KEY, _SUMS_KEY = "tuckaway.checksums", "tuckaway.crc32"
 _ALGORITHM = "crc32"
 _SUMS = re.compile(r"[0-9a-f]{8}( [0-9a-f]{8})*")
 _PLACE = re.compile(rb'"tuckaway\.crc32":\s*"')  # in a string the quotes would be escaped: it is the key
+_KEYS = re.compile(rb'"tuckaway\.(checksums|crc32)":')
 _ZEROS = b"0" * 8
 _AGAIN = "write or download it again, or read it with verify_checksums=False"
 
 
-INDEX_PLACEHOLDER = {_SUMS_KEY: "0" * 8}
+INDEX_PLACEHOLDER = {_ALGORITHM_KEY: _ALGORITHM, _SUMS_KEY: "0" * 8}
 """The metadata that an index is made with before :func:`sealed_index`."""
 
 
@@ -103,18 +104,24 @@ def sealed_index(text: bytes) -> bytes:
     return text[:place] + f"{files.crc32(text):08x}".encode() + text[place + 8 :]
 
 
-def check_index(text: bytes, metadata: dict[str, object], path: Path) -> bool:
-    """Compare an index with its checksum, if it has one, take that out of ``metadata`` and say whether it had.
+def check_index(text: bytes, metadata: dict[str, object], path: Path, *, verify: bool) -> None:
+    """Compare an index with its checksum, if it has one, and take that out of ``metadata``.
+
+    Args:
+        text: the index.
+        metadata: its ``metadata``; changed.
+        path: the file, for messages.
+        verify: ``False``: take the seal out and believe everything.
 
     Raises:
         ChecksumError: the index is not what was written.
     """
-    if _SUMS_KEY not in metadata:
-        return False
-    recorded, place = metadata.pop(_SUMS_KEY), _place_of(text)
-    if place is None or recorded != f"{files.crc32(_without(text, place)):08x}":
+    algorithm, recorded = metadata.pop(_ALGORITHM_KEY, None), metadata.pop(_SUMS_KEY, None)
+    if not verify or not _KEYS.search(text):  # looked for in the text: "metadata" may be what was damaged
+        return
+    place = _place_of(text)
+    if algorithm != _ALGORITHM or place is None or recorded != f"{files.crc32(_without(text, place)):08x}":
         raise ChecksumError("the index differs from its checksum", where=path, hint=_AGAIN)
-    return True
 
 
 def _place_of(text: bytes) -> int | None:
