@@ -46,6 +46,25 @@ def define(
     torch.library.register_fake(f"tuckaway::{name}", fake, lib=LIBRARY)
 
 
+def eager(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Tell whether a call on these is nothing but its result: no gradient wanted, nobody watching, plain tensors.
+
+    Then a kernel may be launched without asking torch's dispatcher, which costs 4 us a call (9 on an H100's host).
+    """
+    return (
+        type(x) is torch.Tensor
+        and (bias is None or type(bias) in _PLAIN)
+        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not x.is_neg()
+    )
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
 def differentiable(
     name: str,
     setup: Callable[[Any, tuple[Any, ...]], None],

@@ -218,6 +218,32 @@ def test_llm_int8_equals_the_reference(
         assert torch.equal(first, expected)
 
 
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_a_weight_keeps_gives_the_bits_of_the_op(m: int, bias: bool) -> None:
+    """`F.linear` with nothing but a result wanted goes past the dispatcher; with a gradient it does not."""
+    for dtype in (torch.bfloat16, torch.float16):
+        weight = quantize(
+            torch.randn(512, 1024, device=gpu(), dtype=dtype), QuantizationConfig(compute_dtype=dtype)
+        )
+        added = torch.randn(512, device=gpu(), dtype=dtype) if bias else None
+        room = inputs(m + 1, 1024, dtype)
+        shapes = room[:m], room[:m].view(1, m, 1024), room.view(-1)[1 : 1 + m * 1024].view(m, 1024)
+        for x in (*shapes, room.expand(2, m + 1, 1024)[:, :1]):
+            expected = F.linear(x.detach().requires_grad_(), weight, added)
+            with torch.no_grad():
+                for _ in range(3):
+                    assert torch.equal(F.linear(x, weight, added), expected)
+        with torch.no_grad():
+            weight.add_(0.25)  # codes change where they lie
+            assert torch.equal(F.linear(room[:m], weight), weight_product(room[:m], weight))
+
+
+def weight_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    with torch.enable_grad():
+        return F.linear(x.detach().requires_grad_(), weight).detach()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs of CUDA")
 @pytest.mark.parametrize("m", [1, 4, 64, 512])
 @pytest.mark.parametrize("format", ["nf4", "int8", "llm_int8"])

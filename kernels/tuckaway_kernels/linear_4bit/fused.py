@@ -58,7 +58,7 @@ def fused_product(
         nested_absmax = nested_offset = None
     nested = nested_absmax is not None
     bf16 = x.dtype == torch.bfloat16
-    plan = _plan(choice, m, rows, cols, format, blocksize, nested, bias is not None, bf16)
+    plan = plan_of(choice, m, rows, cols, format, blocksize, nested, bias is not None, bf16)
     shared = (
         codes,
         scales,
@@ -88,7 +88,7 @@ def fused_product(
 
 
 @lru_cache(maxsize=1024)
-def _plan(
+def plan_of(
     choice: Choice,
     m: int,
     rows: int,
@@ -99,6 +99,7 @@ def _plan(
     bias: bool,
     bf16: bool,
 ) -> _Plan:
+    """Return the launches of a product ``[m, cols] @ [rows, cols]^T``; arguments as `fused_product` has them."""
     from tuckaway_kernels.linear_4bit.kernel import fp16_rows_kernel, gemv_kernel, mma_kernel
 
     split, fp4 = choice.split, format == "fp4"

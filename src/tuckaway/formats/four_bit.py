@@ -26,6 +26,7 @@ from tuckaway.errors import CheckpointError
 from tuckaway.formats.base import BoundLinear, Entries, Format, PieceQuantizer, Serialized, register
 from tuckaway.formats.layout import Components, Layout, Shape, Specs
 from tuckaway_kernels.codebooks import codebook, dynamic_map
+from tuckaway_kernels.linear_4bit.bound import BoundProduct
 
 __all__ = ["NESTED_BLOCKSIZE", "FourBit"]
 
@@ -100,8 +101,13 @@ class FourBit(Format):
         nested, offset = components.get("nested_absmax"), components.get("nested_offset")
         options = self.name, layout.blocksize, layout.rows, layout.cols, transpose
         compute_dtype = layout.compute_dtype
+        direct = None
+        if transpose and codes.device.type == "cuda":
+            direct = BoundProduct(codes, scales, nested, offset, *options[:-1], compute_dtype)
 
         def linear(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            if direct is not None and (done := direct(x, bias)) is not None:
+                return done
             result: torch.Tensor = op(
                 x, codes, scales, nested, offset, bias, *options, compute_dtype or x.dtype
             )
