@@ -8,10 +8,13 @@ on the way, modules are placed over GPU, CPU and disk, and what does not fit is 
 ...     model = torch.nn.Linear(1_000_000, 1_000_000)  # 4 TB in fp32; nothing is allocated
 """
 
+from typing import TYPE_CHECKING, Any
+
 from tuckaway.config import QuantizationConfig
 from tuckaway.empty import init_empty_weights, init_on_device
 from tuckaway.errors import *  # noqa: F403  (the tree's names are its __all__)
 from tuckaway.errors import __all__ as _errors
+from tuckaway.integrations.registration import register_when_imported
 from tuckaway.load import (
     cpu_offload,
     disk_offload,
@@ -23,6 +26,9 @@ from tuckaway.paging import materialize
 from tuckaway.plan import get_balanced_memory, infer_auto_device_map, memory_footprint
 from tuckaway.save import save_model
 from tuckaway.tensor import QuantizedTensor, quantize
+
+if TYPE_CHECKING:
+    from tuckaway.integrations.transformers.config import TuckawayConfig as TuckawayConfig
 
 __version__ = "0.1.0"
 
@@ -44,3 +50,15 @@ __all__ = [
     "save_model",
     *(name for name in _errors if name != "nearest_names"),
 ]
+
+register_when_imported()  # transformers, whenever it comes, knows tuckaway's configs
+
+
+def __getattr__(name: str) -> Any:
+    # not in __all__: `from tuckaway import *` would import transformers
+    if name == "TuckawayConfig":
+        from tuckaway.integrations.transformers.config import TuckawayConfig
+
+        register_when_imported()
+        return TuckawayConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

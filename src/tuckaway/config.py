@@ -25,6 +25,7 @@ FORMATS = ("nf4", "fp4", "int8")
 """Names a config may ask for; ``tuckaway.formats`` has one file for each family."""
 
 _DTYPE_NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "half": torch.float16}
+_ABSENT = object()
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -209,6 +210,9 @@ class QuantizationConfig:
         )
         method = read("quant_method")
         method = getattr(method, "value", method)  # transformers' is an enumeration
+        if method == "tuckaway":  # transformers' face of this config, or what that writes into a config.json
+            names = [field.name for field in dataclasses.fields(cls)]
+            return cls(**{name: value for name in names if (value := read(name, _ABSENT)) is not _ABSENT})
         if method not in (None, "bitsandbytes"):
             raise ConfigError(
                 f"weights quantized by {method!r} are not known",

@@ -18,7 +18,7 @@ from tuckaway.errors import DTypeMismatch, KeyMismatch, ShapeMismatch, nearest_n
 from tuckaway.formats import Components, Serialized, registered_formats
 from tuckaway.tensor import QuantizedTensor, TensorSpec
 
-__all__ = ["Feed", "Match", "match_checkpoint", "match_model"]
+__all__ = ["Feed", "Match", "find_source", "match_checkpoint", "match_model"]
 
 _LISTED = 20
 """Names an error lists in full; the count of the rest follows."""
@@ -103,7 +103,7 @@ def match_checkpoint(
         spec = specs[names[0]]
         feed = None
         for name in names:
-            found = _find(checkpoint, name, specs[name], config)
+            found = find_source(checkpoint, name, specs[name], config)
             if found is None:
                 continue
             entries, values, final, used = found
@@ -156,9 +156,16 @@ def _distinct(specs: Mapping[str, TensorSpec], groups: Sequence[Sequence[str]]) 
 _Found = tuple[dict[str, TensorEntry], Components, TensorSpec, set[str]]
 
 
-def _find(
+def find_source(
     checkpoint: Checkpoint, name: str, spec: TensorSpec, config: QuantizationConfig | None
 ) -> _Found | None:
+    """Find what fills one tensor of the model: entries and values by component, its final form, names it takes.
+
+    Raises:
+        ShapeMismatch: a tensor of another shape.
+        DTypeMismatch: integers for floats, or the reverse.
+        CheckpointError: quantized tensors whose parts do not fit together.
+    """
     for format in registered_formats().values():
         serialized = format.find(name, checkpoint.entries, checkpoint.read)
         if serialized is not None:
