@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tuckaway.config import QuantizationConfig
-from tuckaway.errors import ConfigError, nearest_names
 
 __all__ = ["METHOD", "TuckawayConfig"]
 
@@ -38,14 +35,14 @@ class TuckawayConfig(QuantizationConfigMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs = {name: value for name, value in kwargs.items() if name != "quant_method"}
+        names = [field.name for field in dataclasses.fields(QuantizationConfig)]
         if args and isinstance(args[0], QuantizationConfig):
             config = args[0].replace(**kwargs)
         else:
-            _check_fields(kwargs)
-            config = QuantizationConfig(*args, **kwargs)
+            config = QuantizationConfig.from_dict({**dict(zip(names, args, strict=False)), **kwargs})
         self.quant_method: Any = METHOD
-        for field in dataclasses.fields(config):
-            setattr(self, field.name, getattr(config, field.name))
+        for name in names:
+            setattr(self, name, getattr(config, name))
 
     def quantization_config(self) -> QuantizationConfig:
         """Return the same as tuckaway's own config."""
@@ -55,11 +52,7 @@ class TuckawayConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a ``config.json`` says."""
-        fields = dataclasses.fields(QuantizationConfig)
-        return {
-            "quant_method": METHOD,
-            **{field.name: _as_json(getattr(self, field.name)) for field in fields},
-        }
+        return {"quant_method": METHOD, **self.quantization_config().to_dict()}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what differs from the defaults, for printing."""
@@ -80,19 +73,3 @@ class TuckawayConfig(QuantizationConfigMixin):
 
 
 TuckawayConfig.__signature__ = inspect.signature(QuantizationConfig)  # type: ignore[attr-defined]
-
-
-def _check_fields(given: Mapping[str, Any]) -> None:
-    known = [field.name for field in dataclasses.fields(QuantizationConfig)]
-    for name in given:
-        if name not in known:
-            hint = nearest_names(name, known) or "it may have been written by a newer tuckaway"
-            raise ConfigError(f"a config has no field {name!r}", hint=hint)
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    if isinstance(value, Mapping):
-        return {str(key): _as_json(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
