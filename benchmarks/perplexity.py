@@ -3,13 +3,15 @@
     python benchmarks/perplexity.py MODEL_FOLDER TEXT_FILE [--tokens 20480] [--out FOLDER]
 
 fp32 arithmetic, windows of 1,024 tokens; the projections of every layer are quantized, the embedding and the head
-tied to it are not. "bitsandbytes" is the model whose weights went through bitsandbytes' own quantize and dequantize.
+tied to it are not. "bitsandbytes" is the model whose weights went through bitsandbytes' own quantize and dequantize;
+with "threshold 6" it is bitsandbytes' own modules. All of it runs on the GPU where there is one (`perplexity_gpu.json`).
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import tuckaway
 from tuckaway import QuantizationConfig
 
 WINDOW = 1024
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def ours(folder: Path, **options: Any) -> torch.nn.Module:
@@ -33,7 +36,7 @@ def ours(folder: Path, **options: Any) -> torch.nn.Module:
 
 def through(folder: Path, function: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.nn.Module:
     """Return the plain model, the weights of its projections replaced by ``function`` of them."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
     if function is not None:
         with torch.no_grad():
             for name, module in model.named_modules():
@@ -71,8 +74,8 @@ def llm_int8(folder: Path) -> torch.nn.Module:
             )
             new.weight = bnb.nn.Int8Params(module.weight.half(), requires_grad=False, has_fp16_weights=False)
             path, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(path), leaf, new.to("cpu"))
-    return model
+            setattr(model.get_submodule(path), leaf, new.to(DEVICE))
+    return model.to(DEVICE)
 
 
 @torch.no_grad()
@@ -80,7 +83,7 @@ def perplexity(model: torch.nn.Module, tokens: torch.Tensor) -> float:
     """Return exp of the mean cross-entropy over windows, each predicted from its own beginning."""
     model.eval()
     total, count = 0.0, 0
-    for window in tokens.split(WINDOW):
+    for window in tokens.to(DEVICE).split(WINDOW):
         if len(window) < 2:
             continue
         logits = model(window[None]).logits[0, :-1].float()
@@ -95,8 +98,11 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokens", type=int, default=20480)
     parser.add_argument("--only", nargs="*")
+    parser.add_argument("--peers", help="folder that bitsandbytes lies unpacked in")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.peers:
+        sys.path.insert(0, options.peers)
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
     tokens = torch.tensor(tokenizer(options.text.read_text(encoding="utf-8"))["input_ids"][: options.tokens])
     folder = options.folder
@@ -118,7 +124,8 @@ def main() -> None:
         if options.only is None or any(word in name for word in options.only):
             results[name] = round(perplexity(make(), tokens), 4)
             print(f"{name:32} {results[name]:8.4f}", flush=True)
-    print(save("perplexity", {"tokens": len(tokens), "window": WINDOW, "perplexity": results}, options.out))
+    name = "perplexity" if DEVICE == "cpu" else "perplexity_gpu"
+    print(save(name, {"tokens": len(tokens), "window": WINDOW, "perplexity": results}, options.out))
 
 
 if __name__ == "__main__":
