@@ -4,7 +4,7 @@
 
 fp32 arithmetic, windows of 1,024 tokens; the projections of every layer are quantized, the embedding and the head
 tied to it are not. "bitsandbytes" is the model whose weights went through bitsandbytes' own quantize and dequantize;
-with "threshold 6" it is bitsandbytes' own modules. All of it runs on the GPU where there is one (`perplexity_gpu.json`).
+with "threshold 6" it is their own modules. All runs on the GPU where there is one (`perplexity_gpu.json`).
 """
 
 from __future__ import annotations
