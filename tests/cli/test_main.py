@@ -12,20 +12,23 @@ from typing import Any
 import pytest
 
 import tuckaway
-from tuckaway.cli.main import main
+from command import invoke
+from tuckaway.cli.app import COMMANDS
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
-    """Run the command in this process and return what it exits with."""
-    monkeypatch.setattr(sys, "argv", ["tuckaway", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return caught.value.code
+def test_help_names_the_invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(monkeypatch, "--help") == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMMANDS)
 
 
-def test_help_names_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(monkeypatch, "--help") == 0
-    assert "demo" in capsys.readouterr().out
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_says_what_it_does(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (COMMANDS[name].__doc__ or "").strip()
+    assert invoke(monkeypatch, name, "--help") == 0
+    assert "--json" in capsys.readouterr().out
 
 
 def test_help_imports_no_model_library() -> None:
@@ -43,21 +46,21 @@ except SystemExit:
 
 
 def test_wrong_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert command(monkeypatch, "demo", "--format", "nf3") == 2
-    assert command(monkeypatch, "demo", "--max-new-tokens", "0") == 2
+    assert invoke(monkeypatch, "demo", "--format", "nf3") == 2
+    assert invoke(monkeypatch, "demo", "--max-new-tokens", "0") == 2
 
 
 def test_option_that_cannot_be_read_is_a_usage_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(monkeypatch, "demo", "--max-memory", "lots") == 2
+    assert invoke(monkeypatch, "demo", "--max-memory", "lots") == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "'lots' is no DEVICE=SIZE" in shown.err
 
 
 def test_error_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    message = command(monkeypatch, "demo", "--model", str(tmp_path))
+    message = invoke(monkeypatch, "demo", "--model", str(tmp_path))
     assert message.startswith("tuckaway: ")
     assert message.endswith("name a folder with config.json, or an id on the Hub")
     assert "\n" not in message
@@ -66,20 +69,20 @@ def test_error_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 def test_json_is_all_there_is_on_standard_output(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_llama: Path
 ) -> None:
-    assert command(monkeypatch, "demo", "--model", str(tiny_llama), "--max-new-tokens", "4", "--json") == 0
+    assert invoke(monkeypatch, "demo", "--model", str(tiny_llama), "--max-new-tokens", "4", "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert result["tokens"] == 4
     assert result["bytes_by_format"]["nf4"] > 0
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(monkeypatch, "--version") == 0
+    assert invoke(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"tuckaway {tuckaway.__version__}\n"
 
 
 def test_shells_can_complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
-    assert command(monkeypatch, "--show-completion", "bash") == 0
+    assert invoke(monkeypatch, "--show-completion", "bash") == 0
     assert "_TUCKAWAY_COMPLETE=complete_bash" in capsys.readouterr().out
 
 
@@ -92,5 +95,5 @@ def test_extra_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_transformers)
-    message = command(monkeypatch, "demo", "--model", str(tmp_path))
+    message = invoke(monkeypatch, "demo", "--model", str(tmp_path))
     assert message == "tuckaway: this command needs transformers: pip install 'tuckaway[demo]'"

@@ -12,11 +12,13 @@ from typing import Annotated
 import typer
 
 import tuckaway
-from tuckaway.cli import demo
+from tuckaway.cli import bench, demo, run
 
 __all__ = ["COMMANDS", "app"]
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "run": run.command,
+    "bench": bench.command,
     "demo": demo.command,
 }
 """Every command, in the order of ``--help``."""

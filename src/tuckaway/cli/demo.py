@@ -11,7 +11,7 @@ import typer
 from tuckaway.cli.answer import answer
 from tuckaway.cli.model import build, load, quantization_config, tokenizer_of
 from tuckaway.cli.options import Format, FormatOption, JsonOption, MaxMemoryOption
-from tuckaway.cli.placement import placement, show_memory, show_placement
+from tuckaway.cli.placement import placement, show_memory, show_placement, show_speed
 from tuckaway.cli.show import Screen
 from tuckaway.cli.smollm2 import REPOSITORY, smollm2
 from tuckaway.plan import choose_specs, compute_module_sizes
@@ -87,7 +87,12 @@ def run_demo(
     with load(built, config, max_memory=max_memory) as loaded:
         show_placement(screen, loaded.network)
         show_memory(screen, built, loaded)
-        given = answer(screen, loaded.network, tokenizer, prompt, max_new_tokens)
+        screen.line()
+        screen.line(f"> {prompt}", style="bold")
+        messages = [{"role": "user", "content": prompt}]
+        given = answer(screen, loaded.network, tokenizer, messages, max_new_tokens)
+        screen.line()
+        show_speed(screen, given)
         screen.result(
             {
                 "model": built.name,

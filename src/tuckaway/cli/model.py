@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 import tuckaway
+from tuckaway.cli.memory import Memory, memory
 from tuckaway.cli.options import DeviceMap
 from tuckaway.config import as_dtype
 from tuckaway.errors import CheckpointNotFound, ConfigError
 
-__all__ = ["Built", "Loaded", "Memory", "build", "load", "memory", "quantization_config", "tokenizer_of"]
+__all__ = ["Built", "Loaded", "build", "load", "quantization_config", "tokenizer_of"]
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,6 @@ class Built:
         """Names of the modules that may not be split between devices."""
         whole = set(self.network._no_split_modules or ())
         return [name for name, module in self.network.named_modules() if type(module).__name__ in whole]
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Memory in use at one moment.
-
-    Args:
-        process_bytes: what this process has for itself.
-        device_bytes: tensors on the accelerator; 0 without one.
-    """
-
-    process_bytes: int
-    device_bytes: int
 
 
 @dataclass(frozen=True)
@@ -186,12 +173,6 @@ def load(
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         yield Loaded(network, time.perf_counter() - began, before, memory())
-
-
-def memory() -> Memory:
-    """Return what is in use now."""
-    private = int(psutil.Process().memory_full_info().uss)
-    return Memory(private, torch.accelerator.memory_allocated() if torch.accelerator.is_available() else 0)
 
 
 def _take_generation_config(network: Any, source: str, revision: str | None) -> None:

@@ -20,10 +20,12 @@ from typing import Annotated, Any
 
 import typer
 
+from tuckaway.config import as_dtype
 from tuckaway.errors import ConfigError, TuckawayError
 from tuckaway.plan import parse_bytes
 
 __all__ = [
+    "DTypeOption",
     "DeviceMap",
     "DeviceMapOption",
     "Format",
@@ -131,9 +133,9 @@ def _place(text: str) -> int | str:
 def _usage(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     """Return ``parse`` with its errors as usage errors, which name the option and end with status 2."""
 
-    def parsed(text: str) -> Any:
+    def parsed(text: Any) -> Any:
         try:
-            return parse(text)
+            return parse(text) if isinstance(text, str) else text  # typer parses defaults too
         except TuckawayError as error:
             raise typer.BadParameter(str(error)) from error
 
@@ -145,14 +147,23 @@ ModelArgument = Annotated[
     typer.Argument(metavar="MODEL", help="A folder with config.json and weights, or an id on the Hub."),
 ]
 FormatOption = Annotated[Format, typer.Option("--format", help="What the weights are quantized to.")]
+DTypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        parser=_usage(lambda text: str(as_dtype(text, "--dtype")).removeprefix("torch.")),
+        metavar="DTYPE",
+        help="What products are computed in: bf16, fp16 or fp32. Left out: bf16 on a GPU, fp32 on a CPU.",
+    ),
+]
 DeviceMapOption = Annotated[
-    DeviceMap,
+    DeviceMap | None,
     typer.Option(
         "--device-map",
         parser=_usage(parse_device_map),
         metavar="MAP",
-        help="auto, balanced, balanced_low_0, sequential, cpu, disk; pairs 'model.embed_tokens=0,model.layers=cpu'; "
-        "or a JSON file of places by module.",
+        help="auto (the default), balanced, balanced_low_0, sequential, cpu, disk; "
+        "pairs 'model.embed_tokens=0,model.layers=cpu'; or a JSON file of places by module.",
     ),
 ]
 MaxMemoryOption = Annotated[

@@ -1,4 +1,4 @@
-"""Where a loaded model lies and what it takes: as tables, and as data for ``--json``."""
+"""Where a loaded model lies, what it takes and how fast it answers: as tables, and as data for ``--json``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 import tuckaway
+from tuckaway.cli.answer import Answer
 from tuckaway.cli.model import Built, Loaded
 from tuckaway.cli.show import Screen, name_runs
 from tuckaway.plan import format_bytes
 
-__all__ = ["placement", "show_memory", "show_placement"]
+__all__ = ["placement", "show_memory", "show_placement", "show_speed"]
 
 
 def placement(network: Any) -> dict[str, Any]:
@@ -63,3 +64,12 @@ def show_memory(screen: Screen, built: Built, loaded: Loaded) -> None:
         rows.append(("GPU memory after loading", format_bytes(loaded.after.device_bytes)))
     screen.line()
     screen.table(f"Memory; read, quantized and placed in {loaded.seconds:.1f} s", ("what", "size"), rows)
+
+
+def show_speed(screen: Screen, given: Answer) -> None:
+    """Show how fast an answer came, if it was long enough to say."""
+    if given.first_seconds is not None and given.tokens_per_second is not None:
+        screen.line(
+            f"{given.tokens} tokens, {given.tokens_per_second:.1f} tokens/s "
+            f"(the first, with the prompt, after {given.first_seconds:.2f} s)"
+        )
