@@ -87,6 +87,7 @@ def page(
     offload_buffers: bool = False,
     no_split_module_classes: Any = (),
     leave: Callable[[str], bool] = lambda name: False,
+    disk_cache_bytes: int = 0,
     **options: Any,
 ) -> Any:
     """Page a model that has its values, CPU pages included when execution is on the CPU.
@@ -103,7 +104,9 @@ def page(
         offload_buffers=offload_buffers,
         page_cpu=True,
     )
-    homes = PageHomes.create(plan, offload_folder=folder, fingerprint=fingerprint)
+    homes = PageHomes.create(
+        plan, offload_folder=folder, fingerprint=fingerprint, disk_cache_bytes=disk_cache_bytes
+    )
     for name in specs:
         module_path, _, attribute = name.rpartition(".")
         module = model.get_submodule(module_path)

@@ -173,7 +173,7 @@ def test_the_arena_is_pinned_and_exact(tmp_path):
 
 
 def test_unpinned_memory_is_slower_but_right(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(arena_module, "_register", lambda address, nbytes: False)
+    monkeypatch.setattr(arena_module, "_register", lambda *_: False)
     with caplog.at_level("WARNING", logger="tuckaway"):
         model = paged(tmp_path, MAPS["mixed"])
     assert "could not pin" in caplog.text
@@ -275,8 +275,7 @@ def test_copies_reach_the_bus(tmp_path):
     specs = specs_of(model)
     plan = plan_pages(model, specs, {"": "cpu"}, execution_device=0)
     homes = PageHomes.create(plan)
-    while homes.pin_step():
-        pass
+    homes.pin()
     sources = [homes.arena.page(index) for index in range(12)]
     target = torch.empty_like(sources[0], device="cuda")
     plain = _seconds(lambda: [target.copy_(s, non_blocking=True) for s in sources]) / plan.arena_nbytes

@@ -38,7 +38,7 @@ def test_memory_of_no_bytes():
 def test_it_is_pinned_piece_by_piece_and_let_go_of(monkeypatch):
     registered: dict[int, int] = {}
     monkeypatch.setattr(module.torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(module, "_register", lambda a, n: registered.update({a: n}) or True)
+    monkeypatch.setattr(module, "_register", lambda a, n, _: registered.update({a: n}) or True)
     monkeypatch.setattr(module, "_unregister", lambda addresses: [registered.pop(a) for a in addresses])
     arena = Arena(layouts(4096, 5000, 1, 0, 9000, 3), pin=True)
     start = arena.buffer.data_ptr()
@@ -54,7 +54,7 @@ def test_it_is_pinned_piece_by_piece_and_let_go_of(monkeypatch):
 
 def test_memory_that_cannot_be_pinned_is_used_as_it_is(monkeypatch, caplog):
     monkeypatch.setattr(module.torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(module, "_register", lambda a, n: False)
+    monkeypatch.setattr(module, "_register", lambda *_: False)
     arena = Arena(layouts(2**21), pin=True)
     with caplog.at_level("WARNING", logger="tuckaway"):
         assert not arena.pin()

@@ -30,9 +30,9 @@ def model():
     return quantize_linears(make(), QuantizationConfig(nested=True))
 
 
-def filled(model, folder, fingerprint="m"):
+def filled(model, folder, fingerprint="m", **options):
     plan = plan_of(model)
-    homes = PageHomes.create(plan, offload_folder=folder, fingerprint=fingerprint)
+    homes = PageHomes.create(plan, offload_folder=folder, fingerprint=fingerprint, **options)
     for name, parameter in model.named_parameters():
         homes.put(name, parameter)
     homes.commit()
@@ -119,7 +119,7 @@ def test_a_plan_without_pages_needs_nothing():
     homes = PageHomes.create(plan)
     assert homes.arena is homes.store is None
     assert not homes.reusable
-    assert not homes.pin_step()
+    homes.pin()
     homes.commit()
     homes.close()
 
@@ -138,4 +138,22 @@ def test_the_arena_is_as_big_as_planned(tmp_path, model):
     homes = filled(model, tmp_path)
     assert homes.arena.nbytes == homes.plan.arena_nbytes
     assert homes.store.nbytes == homes.plan.store_nbytes == (tmp_path / "pages.bin").stat().st_size
+    homes.close()
+
+
+def test_a_fixed_part_of_the_disk_pages_stays_in_memory(tmp_path, model):
+    plan = plan_of(model)
+    extents = [unit.layout.extent for unit in plan.homed("disk")]
+    homes = filled(model, tmp_path, disk_cache_bytes=2 * extents[0] + 4095)
+    plan = homes.plan
+    kept = [unit for unit in plan.homed("disk") if homes.kept(unit) is not None]
+    assert kept == list(plan.homed("disk")[:2])
+    assert homes.cache.nbytes == 2 * extents[0]
+    assert homes.in_memory(kept[0]) is None
+    homes.kept(kept[0]).fill_(7)
+    assert homes.keep(kept[0]).eq(7).all()
+    assert homes.in_memory(kept[0]).numel() == kept[0].layout.nbytes
+    name = kept[0].tensors[0]
+    homes.replace(name, getattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]))
+    assert homes.in_memory(kept[0]) is None
     homes.close()

@@ -9,6 +9,7 @@ import torch
 from paging_models import WIDTH, Block, make, page, tokens
 from tuckaway.errors import ChecksumError, PagingError
 from tuckaway.paging import paging_of
+from tuckaway.paging.reading import CellReader
 from tuckaway.paging.transfer import Transfer
 
 
@@ -166,26 +167,27 @@ def test_own_storage_is_not_taken_away_by_another_turn():
 
 def test_disk_pages_are_read_by_another_thread(tmp_path, monkeypatch):
     readers = set()
-    fill = Transfer._fill
+    read = CellReader.read
     monkeypatch.setattr(
-        Transfer, "_fill", lambda *args: (readers.add(threading.current_thread().name), fill(*args))[1]
+        CellReader, "read", lambda *args: (readers.add(threading.current_thread().name), read(*args))[1]
     )
     forward(page(make(), {"": "disk"}, tmp_path))
-    assert readers == {"tuckaway-page_0"}
+    assert readers
+    assert all(name.startswith("tuckaway-page_") for name in readers)
 
 
 def test_a_failed_read_ahead_surfaces_only_if_the_page_is_used(tmp_path, monkeypatch):
     model = page(make(), {"": "disk"}, tmp_path)
     want = forward(make())
-    store = paging_of(model).homes.store
-    read, bad = store.read, paging_of(model).homes.number(paging_of(model).plan.page_of("blocks.1.up.bias"))
+    reader = paging_of(model).homes.store.reader
+    read, bad = reader.read, paging_of(model).homes.number(paging_of(model).plan.page_of("blocks.1.up.bias"))
 
-    def broken(index, out):
+    def broken(index, number, out):
         if index == bad:
             raise ChecksumError("broken")
-        read(index, out)
+        read(index, number, out)
 
-    monkeypatch.setattr(store, "read", broken)
+    monkeypatch.setattr(reader, "read", broken)
     with torch.no_grad():
         model.blocks[0](torch.zeros(1, WIDTH))  # guesses blocks.1
         model.blocks[2](torch.zeros(1, WIDTH))

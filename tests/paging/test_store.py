@@ -109,7 +109,6 @@ def test_strided_and_typed_tensors_are_written_in_order(folder):
     store = Store.open_or_create(folder, LAYOUTS, "model")
     value = torch.arange(300, dtype=torch.float32).view(3, 100)
     fill(store, values())
-    store._written.clear()
     store.write(0, 0, value.t())
     item = LAYOUTS[0].items[0]
     assert torch.equal(store.read_item(0, item), value.t())
@@ -274,7 +273,7 @@ def flip(path: Path, byte: int) -> None:
 
 
 def test_large_pages_are_read_in_pieces_by_threads(folder, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", 1000)
+    monkeypatch.setattr(module, "CELL", EXTENT)
     layouts = [PageLayout([(("w", ""), (12_345,), torch.uint8)])]
     page = torch.randint(0, 256, (12_345,), dtype=torch.uint8)
     store = Store.open_or_create(folder, layouts, "model")

@@ -58,13 +58,13 @@ def test_the_last_page_asked_for_wins(homes, transfer):
     pages = [homes.plan.page_of(f"blocks.{i}.up.weight") for i in range(5)]
     pages.append(homes.plan.page_of("norm.weight"))  # from memory, which is faster
     slot, resident = slot_for(homes), make()
-    gate, read = threading.Event(), homes.store.read
+    gate, read = threading.Event(), homes.store.reader.read
 
-    def slowly(index, out):
+    def slowly(*args):
         gate.wait(10)
-        read(index, out)
+        read(*args)
 
-    homes.store.read = slowly
+    homes.store.reader.read = slowly
     for last in pages:
         gate.clear()
         for unit in (*pages, last):
@@ -93,11 +93,5 @@ def test_nothing_starts_once_it_is_closed(homes):
     transfer.close()
     with pytest.raises(PagingError, match="let go of"):
         transfer.start(homes.plan.page_of("norm.weight"), slot_for(homes))
+    homes.close()
     assert set(threading.enumerate()) <= before
-
-
-def test_disk_pages_are_not_captured(homes, transfer):
-    assert not transfer.capturing()
-    for path in ("blocks.0.up.weight", "norm.weight"):  # the arena is not pinned here
-        with pytest.raises(PagingError, match="cannot be captured"):
-            transfer.capture(homes.plan.page_of(path), slot_for(homes))

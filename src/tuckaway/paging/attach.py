@@ -52,9 +52,7 @@ def attach(
                 f"{name!r} is to be resident and has no value", hint="load or initialize it first"
             )
     homes.commit()
-    if homes.arena is not None:
-        while homes.pin_step():
-            pass
+    homes.pin()
     paging = Paging(model, plan, homes, slots)
     modules = dict(model.named_modules(remove_duplicate=False))
     for page in paging.pager.pages:
@@ -100,6 +98,7 @@ def _hook(
             asked.get(key, []) if driven else holders[key],
             device,
             io_same_device=root and io_same_device,
+            root=root,
             skip_keys=skip_keys,
             weights=PagedWeights(paging, _names_below(path, plan)),
         )

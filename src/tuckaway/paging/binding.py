@@ -44,10 +44,11 @@ class Page:
         turns: forwards that it is bound for now, with a slot or without.
         slot: where it is, or is being brought; None when it is only at home.
         own: bound tensors have storage of their own.
+        captured: its turns are part of a graph that is being captured.
         gone: it was taken out of paging for good.
     """
 
-    __slots__ = ("bindings", "gone", "own", "slot", "specs", "turns", "unit", "users")
+    __slots__ = ("bindings", "captured", "gone", "own", "slot", "specs", "turns", "unit", "users")
 
     def __init__(self, unit: PageUnit, specs: Mapping[str, TensorSpec], bindings: Iterable[Binding]) -> None:
         self.unit = unit
@@ -57,6 +58,7 @@ class Page:
         self.turns = 0
         self.slot: Slot | None = None
         self.own = False
+        self.captured = False
         self.gone = False
 
     def build(self, buffer: torch.Tensor, *, with_grad: bool) -> tuple[torch.Tensor, ...]:

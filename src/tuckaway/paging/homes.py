@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -28,12 +29,23 @@ class PageHomes:
         plan: the pages.
         arena: CPU pages; None without any.
         store: disk pages; None without any.
+        cache: the disk pages that stay in memory once they were read; None without any.
     """
 
-    def __init__(self, plan: PagePlan, arena: Arena | None, store: Store | None) -> None:
+    def __init__(
+        self,
+        plan: PagePlan,
+        arena: Arena | None,
+        store: Store | None,
+        kept: Sequence[PageUnit] = (),
+        cache: Arena | None = None,
+    ) -> None:
         self.plan = plan
         self.arena = arena
         self.store = store
+        self.cache = cache
+        self._kept = {page.index: number for number, page in enumerate(kept)}
+        self._read: set[int] = set()
         self._number: dict[int, int] = {}
         for home in ("cpu", "disk"):
             self._number.update({page.index: number for number, page in enumerate(plan.homed(home))})
@@ -46,6 +58,7 @@ class PageHomes:
         offload_folder: str | os.PathLike[str] | None = None,
         fingerprint: str = "",
         pin: bool | None = None,
+        disk_cache_bytes: int = 0,
     ) -> PageHomes:
         """Allocate host memory and open or begin the store.
 
@@ -55,6 +68,8 @@ class PageHomes:
             fingerprint: what tells the model's weights from others; formats and layout are added to it. Empty:
                 disk pages are written anew each time.
             pin: pin host memory; ``None``: when pages are brought to an accelerator.
+            disk_cache_bytes: host memory that disk pages may take. Always the same ones stay: pages are used in a
+                cycle, in which what was used last is needed last, so that a cache of the latest would never hit.
 
         Raises:
             StoreError: there are disk pages and no folder, or the folder cannot be used (its subclasses say why).
@@ -71,12 +86,13 @@ class PageHomes:
             store = Store.open_or_create(offload_folder, [page.layout for page in disk], identity)
         try:
             wanted = plan.execution_device.type != "cpu" if pin is None else pin
-            arena = Arena([page.layout for page in cpu], pin=wanted) if cpu else None
+            kept = _fitting(disk, disk_cache_bytes)
+            arena, cache = (_arena(pages, wanted, plan.execution_device) for pages in (cpu, kept))
         except BaseException:
             if store is not None:
                 store.abort()
             raise
-        return cls(plan, arena, store)
+        return cls(plan, arena, store, kept, cache)
 
     @property
     def reusable(self) -> bool:
@@ -91,6 +107,30 @@ class PageHomes:
     def number(self, unit: PageUnit) -> int:
         """Return a page's number in its home."""
         return self._number[unit.index]
+
+    def in_memory(self, unit: PageUnit) -> torch.Tensor | None:
+        """Return a page's bytes in host memory; None when they are only on disk."""
+        if unit.home == "cpu" and self.arena is not None:
+            return self.arena.page(self._number[unit.index])
+        if unit.index in self._read and self.cache is not None:
+            return self.cache.page(self._kept[unit.index])
+        return None
+
+    def pinned(self, unit: PageUnit) -> torch.Tensor | None:
+        """Return a page's bytes where they lie in pinned memory and stay; None when they do not."""
+        arena = self.arena if unit.home == "cpu" else self.cache
+        return self.in_memory(unit) if arena is not None and arena.pinned else None
+
+    def kept(self, unit: PageUnit) -> torch.Tensor | None:
+        """Return the memory that a disk page is to be read into and to stay in, padding included."""
+        number = self._kept.get(unit.index)
+        return None if number is None or self.cache is None else self.cache.extent(number)
+
+    def keep(self, unit: PageUnit) -> torch.Tensor:
+        """Note that :meth:`kept` memory was filled, and return the page's bytes."""
+        assert self.cache is not None
+        self._read.add(unit.index)
+        return self.cache.page(self._kept[unit.index])
 
     # Writing
 
@@ -143,6 +183,7 @@ class PageHomes:
         if self.store is None or self.home_of(name) == "cpu":
             self.put(name, tensor)
             return
+        self._read.discard(self._unit(name)[0].index)
         for item, part in parts:
             self.store.rewrite(self.number(self._unit(name)[0]), item, part.cpu())
 
@@ -162,9 +203,15 @@ class PageHomes:
             _check(parts[item.key[1]], item)
         return [(item, parts[item.key[1]]) for item in items]
 
-    def pin_step(self) -> bool:
-        """Pin the next piece of the arena; return whether anything is left."""
-        return self.arena is not None and self.arena.pin_step()
+    def pin(self) -> None:
+        """Wait until host memory is pinned, which goes on since it was allocated.
+
+        Raises:
+            BaseException: what went wrong in the thread that pinned.
+        """
+        for arena in (self.arena, self.cache):
+            if arena is not None:
+                arena.pin()
 
     def commit(self) -> None:
         """Make what was written to disk valid; call it after the last write."""
@@ -196,8 +243,9 @@ class PageHomes:
 
     def close(self) -> None:
         """Unpin, close and unlock; a committed store stays on disk."""
-        if self.arena is not None:
-            self.arena.close()
+        for arena in (self.arena, self.cache):
+            if arena is not None:
+                arena.close()
         if self.store is not None:
             self.store.close()
 
@@ -206,6 +254,24 @@ class PageHomes:
         if self.store is not None:
             self.store.abort()
         self.close()
+
+
+def _arena(pages: Sequence[PageUnit], pin: bool, device: torch.device) -> Arena | None:
+    if not pages:
+        return None
+    arena = Arena([page.layout for page in pages], pin=pin, device=device if device.type == "cuda" else None)
+    arena.start_pinning()
+    return arena
+
+
+def _fitting(pages: Sequence[PageUnit], nbytes: int) -> list[PageUnit]:
+    """The first pages, and smaller ones behind them, that fit into ``nbytes``."""
+    fitting = []
+    for page in pages:
+        if page.layout.extent <= nbytes:
+            fitting.append(page)
+            nbytes -= page.layout.extent
+    return fitting
 
 
 def _check(tensor: torch.Tensor, item: PageItem) -> None:

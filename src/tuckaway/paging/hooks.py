@@ -78,6 +78,7 @@ class PageHook(AlignDevicesHook):  # type: ignore[misc]
         pages: pages that forward needs.
         device: where it executes; None leaves inputs where they are.
         io_same_device: bring the output to where the first input was.
+        root: the module is the whole model.
         skip_keys: keyword arguments that are not moved.
         weights: the paged tensors below the module.
     """
@@ -90,6 +91,7 @@ class PageHook(AlignDevicesHook):  # type: ignore[misc]
         device: torch.device | None,
         *,
         io_same_device: bool = False,
+        root: bool = False,
         skip_keys: str | Collection[str] | None = None,
         weights: PagedWeights | None = None,
     ) -> None:
@@ -102,6 +104,7 @@ class PageHook(AlignDevicesHook):  # type: ignore[misc]
         self.pages = tuple(pages)
         self.original_devices = {name: torch.device("cpu") for name in weights or ()}
         self._device = device
+        self._root = root
         self._local = threading.local()
         self._handles: list[Any] = []
         self._module = module
@@ -148,6 +151,8 @@ class PageHook(AlignDevicesHook):  # type: ignore[misc]
         entries = self._entries()
         if entries:
             self._drop_stale(entries)
+        if self._root and not entries:
+            self.paging.pager.begin_forward()
         entry = _Entry(direct=False)
         entries.append(entry)
         if self.io_same_device:
@@ -164,6 +169,8 @@ class PageHook(AlignDevicesHook):  # type: ignore[misc]
         if entry is None:
             return output
         self._release(entry)
+        if self._root and not entries and not entry.direct:
+            self.paging.pager.end_forward()
         return output if entry.home is None or output is None else move(output, entry.home, self.skip_keys)
 
     def _bring_in(self, entry: _Entry, inputs: Any, *, own: bool = False) -> None:

@@ -14,7 +14,7 @@ from tuckaway.paging.page import PageLayout
 
 __all__ = ["ANOTHER", "MANIFEST", "REMOVE", "VERSION", "fingerprint_of", "read_manifest", "refuse_foreign"]
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 
 ANOTHER = "wait for it to end or choose another offload_folder"

@@ -8,13 +8,16 @@ skipped blocks, branches, early exits, and the first block of the next token aft
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 
 from tuckaway.errors import PagingError
 from tuckaway.paging.binding import Page
+from tuckaway.paging.capture import Scope
 from tuckaway.paging.homes import PageHomes
 from tuckaway.paging.slots import Slot, Slots, device_memory
 from tuckaway.paging.transfer import Transfer
@@ -31,11 +34,12 @@ _AHEAD, _WRONG = 0, -1
 class Turn:
     """A page brought in for one forward; hand it back with :meth:`Pager.release`."""
 
-    __slots__ = ("page", "slot")
+    __slots__ = ("page", "scope", "slot")
 
-    def __init__(self, page: Page, slot: Slot | None) -> None:
+    def __init__(self, page: Page, slot: Slot | None, scope: Scope | None = None) -> None:
         self.page = page
         self.slot = slot
+        self.scope = scope
 
 
 class Pager:
@@ -53,6 +57,7 @@ class Pager:
     ) -> None:
         self.pages = tuple(pages)
         self.device = device
+        self.homes = homes
         self.transfer = Transfer(homes, device)
         turning = [page for page in pages if not page.unit.outer]
         self._order = {page.unit.index: number for number, page in enumerate(turning)}
@@ -60,14 +65,36 @@ class Pager:
         largest = max((page.unit.layout.nbytes for page in turning), default=0)
         self.slots = Slots(max(min(slots, len(turning)), 1), largest, device)
         self._own_slots: dict[int, Slot] = {}
-        self._captured: list[Slot] = []
+        # of the pool that few others draw from: a copy on a stream that is being captured becomes part of the graph
+        self._graph_stream: Any = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._lock = threading.RLock()
         self._ticks = 0
         self._history = threading.local()
+        self._pid = os.getpid()
         self._next: dict[int, Page] = {
             page.unit.index: turning[(number + 1) % len(turning)] for number, page in enumerate(turning)
         }
         self._after: dict[tuple[int, int], Page] = {}
+        self._ends: set[tuple[int | None, int]] = set()
+
+    # A forward of the whole model
+
+    def begin_forward(self) -> None:
+        """Note that a forward of the whole model begins in this thread."""
+        self._history.scope = None
+        self._history.inside = True
+        self._history.first = True
+
+    def end_forward(self) -> None:
+        """Note that it ended: what follows its last page is another forward, perhaps another graph."""
+        history = self._history
+        history.inside = False
+        pages = getattr(history, "pages", None)
+        if pages is not None and not history.first:
+            self._ends.add(pages)
+        scope, history.scope = getattr(history, "scope", None), None
+        if scope is not None:
+            scope.close()
 
     # A page's turn
 
@@ -79,14 +106,23 @@ class Pager:
             own: bind storage of its own instead of a slot's, which autograd may keep after the turn.
 
         Raises:
+            PagingError: this process is a fork of the one that loaded the model; or one forward of the model is
+                captured in a graph while another runs.
             StoreError: its bytes cannot be read.
             ChecksumError: its bytes changed on disk.
         """
         if page.gone:
             return None
-        if self.transfer.capturing():
-            return self._capture(page)
+        if os.getpid() != self._pid:
+            raise PagingError(
+                "the model was loaded before this process was forked, and its threads and streams stayed behind",
+                hint="load it in this process, or start processes with the 'spawn' method",
+            )
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return self._capture(page, own=own)
         with self._lock:
+            if page.captured:
+                raise _refuse_capture(page)
             slot = page.slot
             if slot is None:
                 for other in self.slots.all:
@@ -127,11 +163,13 @@ class Pager:
         """End a turn: the page's parameters are on the meta device again, and its slot is free."""
         page = turn.page
         with self._lock:
-            if turn.slot is not None:
+            if turn.scope is not None:
+                self._leave_capture(turn, turn.scope)
+            elif turn.slot is not None:
                 self._leave(page, turn.slot)
             page.turns -= 1
             if page.turns == 0 and not page.gone:
-                page.own = False
+                page.own = page.captured = False
                 for binding in page.bindings:
                     binding.tensors[binding.attribute] = binding.away
 
@@ -142,9 +180,6 @@ class Pager:
         return tensors
 
     def _leave(self, page: Page, slot: Slot) -> None:
-        if slot in self._captured:
-            slot.page = None
-            return
         self.transfer.used(slot)
         page.users -= 1
 
@@ -168,7 +203,7 @@ class Pager:
             else:
                 logger.debug("%r was replaced and is not paged any more", binding.name)
         page.bindings = kept
-        for slot in (*self.slots.all, *self._own_slots.values(), *self._captured):
+        for slot in (*self.slots.all, *self._own_slots.values()):
             slot.built.pop(page.unit.index, None)
 
     # Slots
@@ -221,19 +256,21 @@ class Pager:
     # What comes next
 
     def _look_ahead(self, page: Page) -> None:
-        index = page.unit.index
-        before = getattr(self._history, "pages", (None, None))
+        history = self._history
+        before = getattr(history, "pages", (None, None))
         if before[1] is not None:
             self._next[before[1]] = page
             if before[0] is not None:
                 self._after[before[0], before[1]] = page
-        self._history.pages = (before[1], index)
+            if not getattr(history, "first", False):
+                self._ends.discard(before)
+        history.pages = (before[1], page.unit.index)
+        history.first = False
         last, here = before[1], page
         sooner: list[Page] = []
         for _ in range(len(self.slots.all)):
-            index = here.unit.index
-            guess = self._next[index] if last is None else self._after.get((last, index), self._next[index])
-            last, here = index, guess
+            guess = self._guess(last, here)
+            last, here = here.unit.index, guess
             if guess.gone:
                 return
             if guess.slot is None:
@@ -243,28 +280,53 @@ class Pager:
                 return
             sooner.append(guess)
 
+    def _guess(self, last: int | None, here: Page) -> Page:
+        index = here.unit.index
+        return self._next[index] if last is None else self._after.get((last, index), self._next[index])
+
+    def foresee(self, last: int | None, here: Page) -> Page | None:
+        """Return what is expected after ``here`` in the same forward, when ``last`` came before it."""
+        return None if (last, here.unit.index) in self._ends else self._guess(last, here)
+
     # Graph capture
 
-    def _capture(self, page: Page) -> Turn:
-        """Bind the page in a slot that only graphs use, filled by a copy that is part of the graph."""
+    def _capture(self, page: Page, *, own: bool) -> Turn:
+        """Bind the page in a slot that only this graph uses, filled by a copy that is part of the graph."""
+        history = self._history
         with self._lock:
-            slot = next((s for s in self._captured if s.page is None), None)
-            if slot is None:
-                largest = max(p.unit.layout.nbytes for p in self.pages)
-                slot = Slot(-1, largest, self.device)
-                self._captured.append(slot)
-            self.transfer.capture(page.unit, slot)
-            slot.page = page
-            self._bind(page, self._built(page, slot))
+            if page.turns and not page.captured:
+                raise _refuse_capture(page)
+            scope: Scope | None = getattr(history, "scope", None)
+            if scope is None:
+                before = getattr(history, "pages", (None, None))[1]
+                scope = history.scope = Scope(self, self._graph_stream, before)
+            slot = scope.bring_in(page)
+            turn = Turn(page, slot, scope)
+            if own:
+                buffer = device_memory(page.unit.layout.nbytes, self.device)
+                buffer.copy_(slot.buffer[: buffer.numel()])
+                self._bind(page, page.build(buffer, with_grad=True))
+                page.own = True
+            elif page.turns == 0:
+                self._bind(page, self._built(page, slot))
             page.turns += 1
-            return Turn(page, slot)
+            page.captured = True
+            return turn
+
+    def _leave_capture(self, turn: Turn, scope: Scope) -> None:
+        assert turn.slot is not None
+        scope.leave(turn.slot)
+        # without a forward of the whole model around it nobody else will say when to join
+        if not getattr(self._history, "inside", False) and scope.idle:
+            self._history.scope = None
+            scope.close()
 
     # Ending
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the execution device now."""
-        own = sum(slot.buffer.numel() for slot in (*self._own_slots.values(), *self._captured))
+        """Bytes on the execution device now, without the slots in graphs."""
+        own = sum(slot.buffer.numel() for slot in self._own_slots.values())
         return self.slots.allocated_nbytes + own
 
     def forget(self, page: Page) -> None:
@@ -278,8 +340,9 @@ class Pager:
                 raise PagingError(f"the page {page.unit.name!r} is in use by a forward")
             slot = page.slot
             if slot is not None:
-                if slot.fill is not None and not slot.fill.cancel():
-                    slot.fill.exception()  # it is being read: wait until it is not
+                if slot.fill is not None:
+                    slot.fill.cancel()
+                    slot.fill.settle()
                 slot.page = None
                 page.slot = None
 
@@ -299,4 +362,10 @@ class Pager:
                 page.slot = None
             self.slots.clear()
             self._own_slots.clear()
-            self._captured.clear()
+
+
+def _refuse_capture(page: Page) -> PagingError:
+    return PagingError(
+        f"the page {page.unit.name!r} is in use by one forward that is captured in a graph and by another",
+        hint="let other forwards of the model end before a graph is captured",
+    )

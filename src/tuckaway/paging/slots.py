@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tuckaway.paging.arena import host_memory
+
 if TYPE_CHECKING:
     from tuckaway.paging.binding import Page
 
@@ -18,9 +20,12 @@ logger = logging.getLogger("tuckaway")
 def device_memory(nbytes: int, device: torch.device) -> torch.Tensor:
     """Return uint8 ``[nbytes]`` on ``device``: an ordinary tensor, also when asked for under inference mode.
 
-    A tensor made under ``torch.inference_mode`` could never be written to outside it.
+    A tensor made under ``torch.inference_mode`` could never be written to outside it. On the CPU it begins at a
+    multiple of 4096, as direct reads want it.
     """
     with torch.inference_mode(False):
+        if device.type == "cpu":
+            return host_memory(nbytes)
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 

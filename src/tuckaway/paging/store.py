@@ -4,7 +4,7 @@
 
     offload folder/
         pages.bin        every page at a multiple of 4096 bytes, its tensors where the PageLayout has them
-        manifest.json    version, fingerprint, size, checksum of every component; written last, atomically
+        manifest.json    version, fingerprint, size, CRC-32 of every cell; written last, atomically
         tuckaway.lock    held while a process uses the folder: alone while writing, shared while reading
 
 A store without a manifest is what a crash left behind: it is written anew. A store of the same fingerprint is used
@@ -13,12 +13,9 @@ as it is, a store of another one is never touched.
 
 from __future__ import annotations
 
-import ctypes
 import json
-import logging
 import os
 import threading
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +24,8 @@ from typing import Any
 import torch
 
 from tuckaway import files
-from tuckaway.errors import ChecksumError, StoreBusy, StoreCorrupt, StoreError
+from tuckaway.errors import StoreBusy, StoreCorrupt, StoreError
+from tuckaway.paging.checksums import CELL, PageSums, cells
 from tuckaway.paging.manifest import (
     ANOTHER,
     MANIFEST,
@@ -37,17 +35,13 @@ from tuckaway.paging.manifest import (
     read_manifest,
     refuse_foreign,
 )
-from tuckaway.paging.page import PageItem, PageLayout
+from tuckaway.paging.page import EXTENT, PageItem, PageLayout
+from tuckaway.paging.reading import THREAD_NAME, CellReader, byte_view, reading_threads
 
 __all__ = ["Store"]
 
-logger = logging.getLogger("tuckaway")
-
 _FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _DATA, _LOCK = "pages.bin", "tuckaway.lock"
-_CHUNK = 8 * 2**20
-"""Bytes a thread reads at once: a page cache gives 6 GB/s to one thread and 19 to four."""
-_THREADS = 4
 
 
 class Store:
@@ -74,12 +68,11 @@ class Store:
             self._starts.append(end)
             end += layout.extent
         self.nbytes = end
-        self._written: dict[tuple[int, int], tuple[int, int | None]] = {}
-        self._checksums: list[list[int]] = []
-        self._verified: set[int] = set()
-        self._identity: tuple[int, ...] = ()
+        self._sums: list[PageSums] = []
+        self._reader: CellReader | None = None
         self._guard = threading.Lock()
-        self._rewritten = False
+        self._write_fd = -1
+        self._pid = os.getpid()
         self._pool: ThreadPoolExecutor | None = None
 
     # Opening
@@ -128,10 +121,16 @@ class Store:
 
     def _reopen(self, manifest: dict[str, Any]) -> None:
         try:
-            self._checksums = [[int(c) for c in page] for page in manifest["checksums"]]
-            sound = int(manifest["nbytes"]) == self.nbytes and [len(c) for c in self._checksums] == [
-                len(layout.items) for layout in self.layouts
-            ]
+            checksums = [[int(c) for c in page] for page in manifest["checksums"]]
+            cell = int(manifest["cell"])
+            sound = (
+                int(manifest["nbytes"]) == self.nbytes
+                and manifest["checksum"] == "crc32"
+                and cell > 0
+                and cell % EXTENT == 0
+                and [len(c) for c in checksums]
+                == [len(cells(layout.nbytes, cell)) for layout in self.layouts]
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise StoreCorrupt(
                 f"unreadable manifest: {error!r}", where=self.folder / MANIFEST, hint=REMOVE
@@ -149,8 +148,11 @@ class Store:
         size = os.fstat(self._fd).st_size
         if size != self.nbytes:
             raise StoreCorrupt(f"{size} bytes instead of {self.nbytes}", where=self.path, hint=REMOVE)
-        self._identity = self._look()
+        self._reader = self._readable(checksums, cell)
         self.reusable = True
+
+    def _readable(self, checksums: list[list[int]], cell: int) -> CellReader:
+        return CellReader(self.path, self._fd, self.layouts, self._starts, checksums, cell)
 
     def _begin(self) -> None:
         files.remove(self.folder / MANIFEST)
@@ -164,13 +166,14 @@ class Store:
         except BaseException:
             self.abort()
             raise
+        self._sums = [PageSums(layout, CELL) for layout in self.layouts]
 
     # Writing
 
     def write(self, index: int, offset: int, tensor: torch.Tensor) -> None:
         """Write a CPU tensor, or a piece of one, at a byte offset of page ``index``.
 
-        Pieces of a component may come in any order; in order from its start is cheapest.
+        Pieces of a component may come in any order.
 
         Raises:
             StoreError: the store is committed, or the disk failed.
@@ -178,17 +181,12 @@ class Store:
         """
         if self.reusable:
             raise StoreError("a committed store cannot be written to", where=self.path)
-        nbytes = tensor.nbytes
-        number = self._item_at(index, offset, nbytes)
-        if nbytes == 0:
-            return
-        source = tensor.contiguous()
-        data = _bytes(source)
-        files.write_at(self._fd, data, self._starts[index] + offset, self.path)
-        item = self.layouts[index].items[number]
-        done, checksum = self._written.get((index, number), (0, 0))
-        in_order = checksum is not None and offset == item.offset + done
-        self._written[index, number] = (done + nbytes, zlib.crc32(data, checksum or 0) if in_order else None)
+        self._sums[index].item_at(offset, tensor.nbytes)
+        if tensor.nbytes:
+            data = byte_view(source := tensor.contiguous())
+            files.write_at(self._fd, data, self._starts[index] + offset, self.path)
+            self._sums[index].add(offset, data)
+            del source
 
     def commit(self) -> None:
         """Make the store valid: all bytes and then the manifest on disk. Twice does no harm.
@@ -198,17 +196,11 @@ class Store:
         """
         if self.reusable:
             return
-        checksums: list[list[int]] = []
-        for index, layout in enumerate(self.layouts):
-            row = []
-            for number, item in enumerate(layout.items):
-                done, checksum = self._written.get((index, number), (0, 0))
-                if done != item.nbytes:
-                    raise StoreError(
-                        f"{item.key[0]!r} was not written: {done} of {item.nbytes} bytes", where=self.path
-                    )
-                row.append(self._read_checksum(index, item) if checksum is None else checksum)
-            checksums.append(row)
+        for sums in self._sums:
+            if missing := sums.missing():
+                name, done, nbytes = missing
+                raise StoreError(f"{name!r} was not written: {done} of {nbytes} bytes", where=self.path)
+        checksums = [sums.finish() for sums in self._sums]
         content = {
             "about": "tuckaway pages",
             "version": VERSION,
@@ -216,14 +208,14 @@ class Store:
             "nbytes": self.nbytes,
             "starts": self._starts,
             "checksum": "crc32",
+            "cell": CELL,
             "checksums": checksums,
         }
         files.sync(self._fd, self.path)
         files.write_atomically(self.folder / MANIFEST, json.dumps(content).encode())
-        self._checksums = checksums
-        self._identity = self._look()
+        self._reader = self._readable(checksums, CELL)
         self.reusable = True
-        self._written.clear()
+        self._sums.clear()
         self._lock.acquire(shared=True)
 
     def rewrite(self, index: int, item: PageItem, tensor: torch.Tensor) -> None:
@@ -233,25 +225,40 @@ class Store:
             StoreBusy: somebody else uses the store.
             StoreError: the disk failed.
         """
-        if not self._rewritten:
-            if not self._lock.acquire(shared=False):
-                self._lock.acquire(shared=True)
-                raise StoreBusy("others use the store that is to be changed", where=self.folder, hint=ANOTHER)
-            fd = os.open(self.path, os.O_RDWR | _FLAGS)
-            if not os.path.samestat(os.fstat(fd), os.fstat(self._fd)):
-                os.close(fd)
-                raise StoreCorrupt("the file was replaced by another", where=self.path, hint=REMOVE)
-            files.remove(self.folder / MANIFEST)
-            os.close(self._fd)
-            self._fd, self._rewritten = fd, True
-        data = _bytes(source := tensor.contiguous())
+        reader = self.reader
         with self._guard:
-            files.write_at(self._fd, data, self._starts[index] + item.offset, self.path)
-            self._checksums[index][self.layouts[index].items.index(item)] = zlib.crc32(data)
-            self._identity = self._look()
-        del source
+            if self._write_fd < 0:
+                self._open_again()
+            data = byte_view(source := tensor.contiguous())
+            files.write_at(self._write_fd, data, self._starts[index] + item.offset, self.path)
+            reader.changed(index, item.offset, item.nbytes)
+            del source
+
+    def _open_again(self) -> None:
+        """Open the pages for writing, beside the descriptor that threads may be reading through."""
+        if not self._lock.acquire(shared=False):
+            self._lock.acquire(shared=True)
+            raise StoreBusy("others use the store that is to be changed", where=self.folder, hint=ANOTHER)
+        fd = os.open(self.path, os.O_RDWR | _FLAGS)
+        if not os.path.samestat(os.fstat(fd), os.fstat(self._fd)):
+            os.close(fd)
+            raise StoreCorrupt("the file was replaced by another", where=self.path, hint=REMOVE)
+        self._write_fd = fd
+        files.remove(self.folder / MANIFEST)
 
     # Reading
+
+    @property
+    def reader(self) -> CellReader:
+        """Reads the pages cell by cell.
+
+        Raises:
+            StoreError: the store is closed, or not committed.
+        """
+        if self._reader is None:
+            state = "closed" if self._fd < 0 else "not committed"
+            raise StoreError(f"the store is {state}", where=self.path)
+        return self._reader
 
     def read(self, index: int, out: torch.Tensor) -> None:
         """Read page ``index`` into a 1-D uint8 CPU tensor; its checksums are compared the first time.
@@ -261,90 +268,58 @@ class Store:
             ChecksumError: bytes changed on disk.
             StoreError: the disk failed.
         """
-        size = self.layouts[index].nbytes
-        view = _bytes(out)[:size]
-        if len(view) < size:
+        size, reader = self.layouts[index].nbytes, self.reader
+        if out.numel() < size:
             raise ValueError(f"a page of {size} bytes does not fit into {out.numel()}")
-        start = self._starts[index]
-        if size <= _CHUNK:
-            self._read_range(view, start)
-        else:
-            chunks = range(0, size, _CHUNK)
-            list(self._threads().map(lambda at: self._read_range(view[at : at + _CHUNK], start + at), chunks))
-        now = self._look()
-        with self._guard:
-            if now != self._identity:
-                logger.debug("%s changed since it was opened: checking it again", self.path)
-                self._verified.clear()
-                self._identity = now
-            known = index in self._verified
-        if not known:
-            for number, item in enumerate(self.layouts[index].items):
-                self._check(index, number, view[item.offset : item.offset + item.nbytes])
-            with self._guard:
-                self._verified.add(index)
+        reader.refresh()
+        ranges = reader.cells(index)
+        if len(ranges) == 1:
+            reader.read(index, 0, out[:size])
+        elif ranges:
+
+            def read(number: int) -> None:
+                start, nbytes = ranges[number]
+                reader.read(index, number, out[start : start + nbytes])
+
+            list(self.threads().map(read, range(len(ranges))))
 
     def read_item(self, index: int, item: PageItem) -> torch.Tensor:
-        """Read one component of a page into memory of its own, and compare its checksum."""
+        """Read one component of a page into memory of its own; what was not checked yet is."""
         out = torch.empty(item.nbytes, dtype=torch.uint8)
-        view = _bytes(out)
-        self._read_range(view, self._starts[index] + item.offset)
         if self.reusable:
-            self._check(index, self.layouts[index].items.index(item), view)
+            self.reader.read_range(index, item.offset, out)
+        elif item.nbytes:
+            files.read_at(self._fd, byte_view(out), self._starts[index] + item.offset, self.path)
         return out.view(item.dtype).view(item.shape)
 
-    def _read_range(self, view: memoryview, offset: int) -> None:
-        if self._fd < 0:
-            raise StoreError("the store is closed", where=self.path)
-        got = files.read_at(self._fd, view, offset, self.path)
-        if got != len(view):
-            raise StoreCorrupt(
-                "the file ends too early", where=f"{self.path}, byte {offset + got}", hint=REMOVE
-            )
-
-    def _read_checksum(self, index: int, item: PageItem) -> int:
-        out = torch.empty(item.nbytes, dtype=torch.uint8)
-        self._read_range(_bytes(out), self._starts[index] + item.offset)
-        return zlib.crc32(_bytes(out))
-
-    def _check(self, index: int, number: int, view: memoryview) -> None:
-        if zlib.crc32(view) != self._checksums[index][number]:
-            item = self.layouts[index].items[number]
-            raise ChecksumError(
-                f"the bytes of {item.key[0]!r} changed on disk",
-                where=f"{self.path}, byte {self._starts[index] + item.offset}",
-                hint=REMOVE,
-            )
-
-    def _item_at(self, index: int, offset: int, nbytes: int) -> int:
-        for number, item in enumerate(self.layouts[index].items):
-            if item.offset <= offset and offset + nbytes <= item.offset + item.nbytes:
-                return number
-        raise ValueError(f"no component of page {index} has bytes {offset} to {offset + nbytes}")
-
-    def _look(self) -> tuple[int, ...]:
-        stat = os.fstat(self._fd)
-        return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-
-    def _threads(self) -> ThreadPoolExecutor:
+    def threads(self) -> ThreadPoolExecutor:
+        """The threads that read; made when first asked for."""
         with self._guard:
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="tuckaway-read")
+                self._pool = reading_threads()
             return self._pool
 
     # Ending
 
     def close(self) -> None:
         """Close the files and release the lock; the store stays, unless it was rewritten. Twice does no harm."""
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-            if self._rewritten:
+        owner = self._pid == os.getpid()
+        if self._pool is not None and owner:
+            # the last reference may go in one of the threads, which cannot wait for itself
+            mine = threading.current_thread().name.startswith(THREAD_NAME)
+            self._pool.shutdown(wait=not mine, cancel_futures=True)
+        self._pool = None
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+        rewritten, fds = self._write_fd >= 0, [fd for fd in (self._write_fd, self._fd) if fd >= 0]
+        self._write_fd = self._fd = -1
+        for fd in fds:
+            os.close(fd)
+        if owner:  # a forked process leaves the file and the lock to the one that opened them
+            if rewritten:
                 files.remove(self.path)
-        self._lock.release()
+            self._lock.release()
 
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
@@ -352,13 +327,6 @@ class Store:
 
     def abort(self) -> None:
         """Close, and remove what was written if it was never committed."""
-        if not self.reusable and self._fd >= 0:
+        if not self.reusable and self._fd >= 0 and self._pid == os.getpid():
             files.remove(self.path)
         self.close()
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without numpy; valid while the tensor lives."""
-    if tensor.nbytes == 0:
-        return memoryview(b"")
-    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
