@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -8,8 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from tuckaway.config import QuantizationConfig
 from tuckaway.empty import init_empty_weights
 from tuckaway.errors import PlanError
-from tuckaway.paging.units import plan_pages
-from tuckaway.plan import choose_specs, compute_module_sizes, place_of, resolve_device_map
+from tuckaway.plan import accounts, choose_specs, compute_module_sizes, place_of, resolve_device_map
 
 NF4 = QuantizationConfig()
 
@@ -52,15 +53,26 @@ def planned(config=NF4, **options):
     return model, choose_specs(model, config)[0]
 
 
-def bytes_needed(model, specs, device_map, main, offload_buffers=False, slots=2):
-    """Bytes on the executing device: what stays there, and what paging takes, told by paging itself."""
-    executes = torch.device("cpu" if main == "cpu" else "meta")
-    stand_in = {n: p if p in ("cpu", "disk") else executes for n, p in device_map.items()}
-    pages = plan_pages(model, specs, stand_in, execution_device=executes, offload_buffers=offload_buffers)
-    paged = {name for name in specs if pages.page_of(name) is not None}
-    first = {name: kept for name, kept in pages.canonical.items() if name == kept}
-    resident = sum(specs[n].nbytes for n in first if n not in paged)
-    return resident + pages.device_nbytes(slots), pages
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch):
+    """Toy weights are loaded in toy pieces: slots are what counts, as it is with real ones."""
+    monkeypatch.setattr(accounts, "_PIECE", 1024)
+
+
+def bytes_needed(model, specs, device_map, main, offload_buffers=False, slots=2, reserve=0):
+    """Bytes on the executing device at the peak, and its pages."""
+    found = accounts.account(
+        model,
+        specs,
+        device_map,
+        main=main,
+        offload_buffers=offload_buffers,
+        slots=slots,
+        reserve_bytes={main: reserve},
+    )
+    memory = found.devices[main]
+    # what is read while loading is not held against RAM
+    return (memory if main != "cpu" else replace(memory, loading_bytes=0)).peak_bytes, found.pages
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
@@ -112,7 +124,9 @@ def test_a_dict_may_leave_out_what_is_no_part_of_the_state():
 def test_what_fits_is_not_split():
     model, specs = planned()
     total = compute_module_sizes(model, specs=specs)[""]
-    assert resolve_device_map(model, specs, "sequential", max_memory={0: total, "cpu": 10**9}) == {"": 0}
+    need, _ = bytes_needed(model, specs, {"": 0}, 0)
+    assert resolve_device_map(model, specs, "sequential", max_memory={0: need, "cpu": 10**9}) == {"": 0}
+    assert resolve_device_map(model, specs, "sequential", max_memory={0: need - 1, "cpu": 10**9}) != {"": 0}
     assert resolve_device_map(model, specs, "auto", max_memory={"cpu": total}) == {"": "cpu"}
 
 

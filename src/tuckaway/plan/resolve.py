@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from tuckaway.errors import PlanError, nearest_names
-from tuckaway.paging.units import plan_pages
+from tuckaway.plan.accounts import account, host_ring_bytes
 from tuckaway.plan.allocate import Allocation, Tree, is_block
 from tuckaway.plan.balance import get_balanced_memory
 from tuckaway.plan.device_map import (
@@ -46,6 +48,7 @@ def resolve_device_map(
     no_split_module_classes: Sequence[str] | str | None = None,
     offload_buffers: bool = False,
     slots: int = 2,
+    reserve_bytes: int | None = None,
 ) -> DeviceMap:
     """Return a complete map: names to an accelerator's index, ``"cpu"`` or ``"disk"``.
 
@@ -60,6 +63,8 @@ def resolve_device_map(
             model names itself. Elements of module lists are never split.
         offload_buffers: buffers of offloaded modules are paged too.
         slots: pages that the executing device holds at once.
+        reserve_bytes: what the named maps leave free, beside slots and the load's work, on every accelerator, or in
+            RAM where there is none. ``None``: a tenth of what an accelerator has free; nothing under ``max_memory``.
 
     Raises:
         PlanError: a map that cannot be; a model that does not fit, and by how many bytes.
@@ -87,20 +92,54 @@ def resolve_device_map(
         if no_split_module_classes is not None
         else getattr(model, "_no_split_modules", None)
     )
-    if device_map == "sequential":
-        limits = get_max_memory(max_memory)
-    else:
-        limits = get_balanced_memory(
-            model, max_memory, sorted(whole), low_zero=device_map == "balanced_low_0", specs=specs
-        )
+    limits, reserve = _budgets(max_memory, reserve_bytes)
     # 0 bytes is how users say "not this one"; on the CPU of a machine without accelerators everything executes
     limits = {d: n for d, n in limits.items() if n > 0 or not isinstance(d, int)}
+    overhead = _Overhead(model, specs, whole, offload_buffers, slots, reserve)
+    if device_map != "sequential":
+        limits = _balanced(model, specs, limits, whole, overhead, low_zero=device_map == "balanced_low_0")
     tree = Tree(model, tensor_sizes(model, specs))
-    pages = _Pages(model, specs, whole, offload_buffers, slots)
-    return clean_device_map(_fullest(tree, limits, pages, whole).device_map)
+    return clean_device_map(_fullest(tree, limits, overhead, whole).device_map)
 
 
-def _fullest(tree: Tree, limits: Mapping[Device, int], pages: _Pages, whole: Collection[str]) -> Allocation:
+def _budgets(
+    max_memory: MaxMemory | None, reserve_bytes: int | None
+) -> tuple[dict[Device, int], dict[Device, int]]:
+    """Return what each device may take, and what of that stays free."""
+    limits = get_max_memory(max_memory)
+    accelerators = [device for device in limits if device not in OFFLOADED]
+    if max_memory is None and "cpu" in limits:
+        ring = host_ring_bytes(accelerators[0] if accelerators else "cpu")
+        limits["cpu"] = max(0, limits["cpu"] - ring)
+    if reserve_bytes is not None:
+        return limits, dict.fromkeys(accelerators or ["cpu"], reserve_bytes)
+    if max_memory is None:
+        return limits, {device: limits[device] // 10 for device in accelerators}
+    return limits, {}
+
+
+def _balanced(
+    model: nn.Module,
+    specs: Mapping[str, TensorSpec],
+    limits: dict[Device, int],
+    whole: Collection[str],
+    overhead: _Overhead,
+    *,
+    low_zero: bool,
+) -> dict[Device, int]:
+    """Lower the limits to even shares, each with what its accelerator needs beside its blocks."""
+    accelerators = [device for device in limits if isinstance(device, int)]
+    if len(accelerators) < 2:
+        return limits
+    shares = get_balanced_memory(model, limits, sorted(whole), low_zero=low_zero, specs=specs)
+    beside = overhead.of({"": accelerators[0]}, accelerators[0])[accelerators[0]]
+    return {
+        device: min(limits[device], share + beside) if isinstance(device, int) and share else share
+        for device, share in shares.items()
+    }
+
+
+def _fullest(tree: Tree, limits: Mapping[Device, int], overhead: _Overhead, whole: Collection[str]) -> Allocation:
     """Fill the devices in the model's order, or with its largest blocks first where that keeps more resident.
 
     Slots are as large as the largest page: one big block left to paging (the output head of a small model is 20
@@ -112,7 +151,7 @@ def _fullest(tree: Tree, limits: Mapping[Device, int], pages: _Pages, whole: Col
 
     def fitted(first: Sequence[str]) -> Allocation:
         return fit(
-            tree, limits, pages.overhead, lambda n, m: not keep(n, m), fallback=True, strict=True, first=first
+            tree, limits, overhead.of, lambda n, m: not keep(n, m), fallback=True, strict=True, first=first
         )
 
     error: PlanError | None = None
@@ -135,7 +174,39 @@ def _fullest(tree: Tree, limits: Mapping[Device, int], pages: _Pages, whole: Col
                 best = other
     if best is None:
         raise error or PlanError("the model fits nowhere")
+    if len(executing) == 1:
+        for device in dict.fromkeys([executing[0], "cpu"]):
+            if device in limits:
+                _top_up(best, tree, limits, overhead, device, executing[0])
     return best
+
+
+def _top_up(
+    found: Allocation,
+    tree: Tree,
+    limits: Mapping[Device, int],
+    overhead: _Overhead,
+    device: Device,
+    main: Device,
+) -> None:
+    """Bring to ``device`` what still fits there from slower places, the largest first: it saves its transfer."""
+    slower = OFFLOADED if device == main != "cpu" else ("disk",)
+    away = {n: tree.bytes_of(tree.below(n)) for n, place in found.device_map.items() if place in slower}
+    refused: int | None = None
+    for name, size in sorted(away.items(), key=lambda item: -item[1]):
+        if size == 0 or (refused is not None and size >= refused):
+            continue
+        if found.used[device] + size > limits[device] or not tree.tied.isdisjoint(tree.below(name)):
+            continue
+        before = found.device_map[name]
+        found.device_map[name] = device
+        needed = overhead.of(found.device_map, main)
+        used = {**found.used, device: found.used[device] + size, before: found.used[before] - size}
+        if any(used[d] + needed.get(d, 0) > limit for d, limit in limits.items()):
+            found.device_map[name] = before
+            refused = size
+            continue
+        found.used.update(used)
 
 
 def _completed(model: nn.Module, device_map: DeviceMap) -> DeviceMap:
@@ -150,8 +221,8 @@ def _completed(model: nn.Module, device_map: DeviceMap) -> DeviceMap:
     return device_map
 
 
-class _Pages:
-    """What paging takes beside the blocks that are placed: asked of paging itself, so that it is exact."""
+class _Overhead:
+    """What a placed model takes beside its blocks: slots, buffers that stay, paddings, the load's work, the reserve."""
 
     def __init__(
         self,
@@ -160,43 +231,37 @@ class _Pages:
         whole: Collection[str],
         offload_buffers: bool,
         slots: int,
+        reserve: Mapping[Device, int],
     ) -> None:
         self.model = model
         self.specs = specs
         self.whole = sorted(whole)
         self.offload_buffers = offload_buffers
         self.slots = slots
+        self.reserve = reserve
         self.ties = tied_groups(model)
 
-    def overhead(self, device_map: Mapping[str, Device], main: Device) -> dict[Device, int]:
-        """Return, by device, bytes of slots, buffers that stay, and the padding of pages."""
-        if all(place not in OFFLOADED for place in device_map.values()):
-            return {}
-        # accelerators need not exist to be planned for: any device but the CPU does
-        executes = torch.device("cpu" if main == "cpu" else "meta")
-        stand_in = {n: place if place in OFFLOADED else executes for n, place in device_map.items()}
-        plan = plan_pages(
+    def of(self, device_map: Mapping[str, Device], main: Device) -> dict[Device, int]:
+        """Return, by device, its bytes at the peak less those of the blocks placed there."""
+        # what executes is the first accelerator that holds something; slots on another would not be used
+        holding = (place for place in device_map.values() if place not in OFFLOADED)
+        accounts = account(
             self.model,
             self.specs,
-            stand_in,
-            execution_device=executes,
+            device_map,
+            main=next(holding, main),
             no_split_module_classes=self.whole,
             offload_buffers=self.offload_buffers,
+            slots=self.slots,
+            reserve_bytes=self.reserve,
             ties=self.ties,
         )
-        if not plan.pages:
-            return {}
-        away = ("disk",) if main == "cpu" else OFFLOADED
-        stay = sum(
-            self.specs[name].nbytes
-            for name, kept in plan.canonical.items()
-            if name == kept and name in plan.resident and place_of(name, device_map) in away
-        )
-        exact = {
-            home: sum(self.specs[name].nbytes for page in plan.homed(home) for name in page.tensors)
-            for home in OFFLOADED
+        placed: dict[Device, int] = defaultdict(int)
+        for name in accounts.places:
+            placed[place_of(name, device_map)] += self.specs[name].nbytes
+        return {
+            # RAM that the checkpoint passes through is not held against its limit: it is gone before anything runs
+            device: (replace(memory, loading_bytes=0) if device == "cpu" else memory).peak_bytes
+            - placed[device]
+            for device, memory in accounts.devices.items()
         }
-        found: dict[Device, int] = {main: plan.device_nbytes(self.slots) + stay}
-        found["cpu"] = found.get("cpu", 0) + plan.arena_nbytes - exact["cpu"]
-        found["disk"] = plan.store_nbytes - exact["disk"]
-        return found

@@ -1,0 +1,222 @@
+"""Bytes by device of a placed model, before it exists: :func:`account`.
+
+Pages, slots and paddings are asked of paging itself, so that the numbers are those that are allocated at run time.
+Resident tensors on an accelerator are rounded up as torch's allocator rounds them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from tuckaway.paging.page import EXTENT, aligned
+from tuckaway.paging.units import PagePlan, plan_pages
+from tuckaway.plan.device_map import OFFLOADED, main_device_of, normalized
+from tuckaway.plan.memory import Device
+from tuckaway.tensor import TensorSpec
+
+__all__ = ["Accounts", "DeviceMemory", "account", "host_ring_bytes", "load_work_bytes"]
+
+ALLOCATION = 512
+"""Bytes that torch's allocators of accelerators round every tensor up to."""
+
+_PIECE = 16 * 2**20
+"""Bytes of a piece of a checkpoint on its way to a device."""
+
+_PIECES = {False: 2, True: 4}
+"""Pieces on the device at once: as read and as cast; to be quantized, also codes, scales and strips in fp32."""
+
+_RING = 16
+"""Pinned pieces in RAM towards an accelerator."""
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What one device holds; all in bytes.
+
+    Args:
+        device: an accelerator's index, ``"mps"``, ``"cpu"`` or ``"disk"``.
+        weights_bytes: tensors that lie here, resident or in pages, without padding; tied ones once.
+        padding_bytes: what alignment adds: of pages, and of the allocator.
+        slots_bytes: places that pages take turns in.
+        buffers_bytes: pinned buffers that pages from disk pass through.
+        loading_bytes: pieces of the checkpoint and work on them, until the model is loaded.
+        reserve_bytes: kept free for activations and the KV cache.
+        limit_bytes: what the device may take; ``None``: without limit.
+    """
+
+    device: Device
+    weights_bytes: int = 0
+    padding_bytes: int = 0
+    slots_bytes: int = 0
+    buffers_bytes: int = 0
+    loading_bytes: int = 0
+    reserve_bytes: int = 0
+    limit_bytes: int | None = None
+
+    @property
+    def in_use_bytes(self) -> int:
+        """What is allocated for good once the model has run."""
+        return self.weights_bytes + self.padding_bytes + self.slots_bytes + self.buffers_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is allocated at once: slots come when the load's pieces are gone."""
+        running = self.slots_bytes + self.buffers_bytes + self.reserve_bytes
+        return self.weights_bytes + self.padding_bytes + max(self.loading_bytes, running)
+
+    @property
+    def free_bytes(self) -> int | None:
+        """What the limit leaves; negative when it does not suffice."""
+        return None if self.limit_bytes is None else self.limit_bytes - self.peak_bytes
+
+
+@dataclass(frozen=True)
+class Accounts:
+    """Pages of a placed model, and bytes by device.
+
+    Args:
+        pages: paging's own plan.
+        devices: every device that holds something.
+        places: device of every tensor, by the name its bytes are kept under.
+    """
+
+    pages: PagePlan
+    devices: Mapping[Device, DeviceMemory]
+    places: Mapping[str, Device]
+
+
+def account(
+    model: nn.Module,
+    specs: Mapping[str, TensorSpec],
+    device_map: Mapping[str, Device],
+    *,
+    main: Device | None = None,
+    no_split_module_classes: Sequence[str] = (),
+    offload_buffers: bool = False,
+    slots: int = 2,
+    reserve_bytes: Mapping[Device, int] | None = None,
+    ties: Iterable[Sequence[str]] | None = None,
+) -> Accounts:
+    """Count the bytes of a model that is placed as ``device_map`` says; nothing is allocated.
+
+    Args:
+        model: its tensors may be on the meta device.
+        specs: final form of every tensor.
+        device_map: complete; accelerators need not exist.
+        main: device that executes; ``None``: the map's first accelerator, or the CPU.
+        no_split_module_classes: class names of modules that are paged whole.
+        offload_buffers: buffers of offloaded modules are paged too.
+        slots: pages on the executing device at once.
+        reserve_bytes: kept free, by device.
+        ties: groups of names that are one tensor; ``None``: those that are one object.
+
+    Raises:
+        PlanError: the map leaves a tensor out, or names nothing in the model.
+
+    Example:
+        >>> from tuckaway.plan import choose_specs
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+        >>> specs, _ = choose_specs(model, None)
+        >>> found = account(model, specs, {"0": 0, "1": "disk"})
+        >>> found.devices[0].weights_bytes, found.devices[0].slots_bytes, found.devices["disk"].padding_bytes
+        (16640, 16640, 3840)
+    """
+    executes = _stand_in(normalized(main_device_of(device_map)) if main is None else main)
+    pages = plan_pages(
+        model,
+        specs,
+        {name: place if place in OFFLOADED else _stand_in(place) for name, place in device_map.items()},
+        execution_device=executes,
+        no_split_module_classes=no_split_module_classes,
+        offload_buffers=offload_buffers,
+        ties=ties,
+    )
+    chosen = _device(executes)
+    places = {
+        name: page.home if (page := pages.page_of(name)) is not None else _device(pages.resident[name])
+        for name, kept in pages.canonical.items()
+        if name == kept
+    }
+    weights: dict[Device, int] = defaultdict(int)
+    padding: dict[Device, int] = defaultdict(int)
+    for name, place in places.items():
+        weights[place] += specs[name].nbytes
+        if place not in OFFLOADED:
+            padding[place] += _rounding(specs[name])
+    for page in pages.pages:
+        padding[page.home] += page.layout.extent - sum(specs[name].nbytes for name in page.tensors)
+    loading = load_work_bytes(specs, [name for name, place in places.items() if place in OFFLOADED])
+    reserve = reserve_bytes or {}
+    found = {
+        device: DeviceMemory(
+            device,
+            weights[device],
+            padding[device],
+            loading_bytes=loading if device not in OFFLOADED else 0,
+            reserve_bytes=reserve.get(device, 0),
+        )
+        for device in dict.fromkeys([chosen, *places.values(), *reserve])
+    }
+    turns = pages.device_nbytes(slots)
+    if chosen not in OFFLOADED:
+        turns += ALLOCATION * (slots + sum(page.outer for page in pages.pages)) if turns else 0
+    found[chosen] = replace(found[chosen], slots_bytes=turns)
+    found["cpu"] = replace(
+        found.get("cpu", DeviceMemory("cpu")),
+        buffers_bytes=0 if chosen == "cpu" else _bounce_bytes(pages),
+        loading_bytes=host_ring_bytes(chosen),
+    )
+    return Accounts(pages, found, places)
+
+
+def host_ring_bytes(main: Device) -> int:
+    """Bytes of RAM that a checkpoint passes through on its way to ``main``: at most, and only while loading."""
+    return (2 if main == "cpu" else _RING) * _PIECE
+
+
+def _bounce_bytes(pages: PagePlan) -> int:
+    """Two pinned buffers of the largest page on disk, between file and slot."""
+    return 2 * max((aligned(page.layout.nbytes, EXTENT) for page in pages.homed("disk")), default=0)
+
+
+def load_work_bytes(specs: Mapping[str, TensorSpec], paged: Iterable[str] = ()) -> int:
+    """Return the bytes on an accelerator beside the weights while a checkpoint is loaded, at most.
+
+    A checkpoint may hold 4 bytes an element. What is stored transposed comes whole, and so does a paged tensor: it
+    is made on the device and then goes to its page.
+
+    Args:
+        specs: final form of every tensor.
+        paged: names of those that do not stay on the accelerator.
+    """
+    most, away = 0, set(paged)
+    for name, spec in specs.items():
+        source = 4 * math.prod(spec.shape)
+        transposed = spec.layout is not None and spec.layout.transposed
+        pieces = _PIECES[spec.layout is not None] * min(source, _PIECE)
+        whole = source if transposed and source > _PIECE else 0
+        most = max(most, pieces + whole + (spec.nbytes if name in away else 0))
+    return most
+
+
+def _rounding(spec: TensorSpec) -> int:
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in spec.components().values()]
+    return sum(aligned(size, ALLOCATION) - size for size in sizes)
+
+
+def _stand_in(place: Device) -> torch.device:
+    """A device by which paging knows a place; accelerators need not exist to be planned for."""
+    if isinstance(place, int):
+        present = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return torch.device("cuda" if present is None else present.type, place)
+    return torch.device(place, 0) if place == "mps" else torch.device(place)
+
+
+def _device(device: torch.device) -> Device:
+    return device.type if device.type in ("cpu", "mps") else device.index
