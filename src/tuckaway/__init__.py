@@ -23,7 +23,7 @@ from tuckaway.load import (
     load_checkpoint_and_dispatch,
 )
 from tuckaway.paging import materialize
-from tuckaway.plan import get_balanced_memory, infer_auto_device_map, memory_footprint
+from tuckaway.plan import Plan, get_balanced_memory, infer_auto_device_map, memory_footprint, plan
 from tuckaway.save import save_model
 from tuckaway.tensor import QuantizedTensor, quantize
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Plan",
     "QuantizationConfig",
     "QuantizedTensor",
     "cpu_offload",
@@ -46,6 +47,7 @@ __all__ = [
     "load_checkpoint_and_dispatch",
     "materialize",
     "memory_footprint",
+    "plan",
     "quantize",
     "save_model",
     *(name for name in _errors if name != "nearest_names"),

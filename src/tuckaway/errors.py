@@ -142,7 +142,20 @@ class NonFiniteError(MismatchError):
 
 
 class PlanError(TuckawayError, ValueError):
-    """A device map that cannot be, or a model that does not fit."""
+    """A device map that cannot be, or a model that does not fit.
+
+    Args:
+        what: as :class:`TuckawayError` has it.
+        where: as there.
+        hint: as there.
+        shortfall_bytes: by how many bytes a model does not fit; ``None``: something else is wrong.
+    """
+
+    def __init__(
+        self, what: str, *, where: object = None, hint: str | None = None, shortfall_bytes: int | None = None
+    ) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.shortfall_bytes = shortfall_bytes
 
 
 class PagingError(TuckawayError, RuntimeError):

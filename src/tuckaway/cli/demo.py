@@ -14,7 +14,7 @@ from tuckaway.cli.options import Format, FormatOption, JsonOption, MaxMemoryOpti
 from tuckaway.cli.placement import placement, show_memory, show_placement, show_speed
 from tuckaway.cli.show import Screen
 from tuckaway.cli.smollm2 import REPOSITORY, smollm2
-from tuckaway.plan import choose_specs, compute_module_sizes
+from tuckaway.plan import choose_specs, compute_module_sizes, load_work_bytes
 
 __all__ = ["command", "default_budget", "run_demo"]
 
@@ -82,7 +82,8 @@ def run_demo(
     screen.line(f"weights from {source}")
     if max_memory is None:
         specs, _ = choose_specs(built.network, config)
-        max_memory = default_budget(compute_module_sizes(built.network, specs=specs), built.blocks)
+        sizes = compute_module_sizes(built.network, specs=specs)
+        max_memory = default_budget(sizes, built.blocks, load_work_bytes(specs, specs))
 
     with load(built, config, max_memory=max_memory) as loaded:
         show_placement(screen, loaded.network)
@@ -106,7 +107,9 @@ def run_demo(
         )
 
 
-def default_budget(sizes: Mapping[str, int], blocks: Sequence[str]) -> dict[int | str, int | str]:
+def default_budget(
+    sizes: Mapping[str, int], blocks: Sequence[str], work_bytes: int = 0
+) -> dict[int | str, int | str]:
     """Return a ``max_memory`` under which every kind of placement is in use.
 
     The executing device gets what is no block (the embedding, mostly), the two slots that blocks are paged into, and
@@ -115,9 +118,11 @@ def default_budget(sizes: Mapping[str, int], blocks: Sequence[str]) -> dict[int 
     Args:
         sizes: final bytes by module; ``""`` is the whole model.
         blocks: names of the modules that may not be split.
+        work_bytes: what loading takes on a GPU beside the weights; the slots come when it is gone.
     """
     each = [sizes[name] for name in blocks]
     resident = sizes[""] - sum(each) + 2 * max(each, default=0) + int(_RESIDENT_SHARE * sum(each))
     if torch.accelerator.is_available():
-        return {0: resident, "cpu": int(_RAM_SHARE * sum(each))}
+        slots = 2 * max(each, default=0)
+        return {0: resident + max(0, work_bytes - slots), "cpu": int(_RAM_SHARE * sum(each))}
     return {"cpu": resident}

@@ -25,8 +25,11 @@ from tuckaway.load.match import Feed, Match, match_checkpoint, match_model
 from tuckaway.load.place import Destination, InPage, OnDevice, OnDisk
 from tuckaway.paging import PageHomes, PagePlan, attach, materialize, paging_of, plan_pages
 from tuckaway.plan import (
+    Plan,
+    account,
     check_devices,
     choose_specs,
+    executing_device,
     main_device_of,
     quantization_report,
     resolve_device_map,
@@ -43,7 +46,7 @@ PIECE_BYTES = 16 * 2**20 - 64
 
 Larger pieces are no faster on a CPU, whose caches they leave."""
 
-DeviceMap = Mapping[str, int | str | torch.device] | str | int | torch.device
+DeviceMap = Mapping[str, int | str | torch.device] | str | int | torch.device | Plan
 
 
 def load_and_quantize_model(
@@ -76,8 +79,9 @@ def load_and_quantize_model(
         weights_location: a safetensors file, an index of shards, a folder, a ``pytorch_model.bin`` or a Hub id. An
             already quantized checkpoint, bitsandbytes' own included, keeps its format.
         device_map: ``None`` (everything on the GPU, or on the CPU where there is none), ``"auto"``, ``"balanced"``,
-            ``"balanced_low_0"``, ``"sequential"``, ``"cpu"``, or a dict of module names to a GPU's number, ``"cpu"``
-            or ``"disk"``. Blocks on ``"cpu"`` and ``"disk"`` are paged onto the executing device for their turn.
+            ``"balanced_low_0"``, ``"sequential"``, ``"cpu"``, a dict of module names to a GPU's number, ``"cpu"`` or
+            ``"disk"``, or a :class:`~tuckaway.Plan`, whose slots, format and other settings are used too. Blocks on
+            ``"cpu"`` and ``"disk"`` are paged onto the executing device for their turn.
         no_split_module_classes: class names of modules that must lie on one device, such as decoder layers. ``None``:
             those that a transformers model names itself.
         max_memory: bytes a device may take, by device (``{0: "2GB", "cpu": "16GB"}``), for the named maps.
@@ -116,13 +120,18 @@ def load_and_quantize_model(
     """
     given = quantization_config if quantization_config is not None else bnb_quantization_config
     checkpoint = _open(model, weights_location, revision=revision, allow_pickle=allow_pickle)
-    if given is None and checkpoint is not None:
+    planned = device_map if given is None and isinstance(device_map, Plan) else None
+    if planned is not None:
+        given = planned.quantization_config
+    elif given is None and checkpoint is not None:
         given = (checkpoint.config() or {}).get("quantization_config")
-    config = QuantizationConfig.of(given if given is not None else QuantizationConfig())
+    unquantized = planned is not None and given is None
+    config = None if unquantized else QuantizationConfig.of(given if given is not None else "nf4")
     return run(
         model,
         checkpoint,
         config,
+        dtype=None if planned is None else planned.dtype,
         device_map=device_map,
         no_split_module_classes=no_split_module_classes,
         max_memory=max_memory,
@@ -229,6 +238,12 @@ def run(
     own_config: bool = True,
 ) -> nn.Module:
     """Do the whole job; ``checkpoint=None`` takes the weights that the model has. The public functions call this."""
+    slots, planned = 2, device_map if isinstance(device_map, Plan) else None
+    if isinstance(device_map, Plan):
+        slots, no_split_module_classes = device_map.slots, device_map.no_split_module_classes
+        offload_buffers = device_map.offload_buffers
+        main_device = device_map.execution_device if main_device is None else main_device
+        device_map = device_map.device_map
     if no_split_module_classes is None:
         no_split_module_classes = sorted(getattr(model, "_no_split_modules", None) or ())
     paging = paging_of(model)
@@ -247,8 +262,11 @@ def run(
         max_memory=max_memory,
         no_split_module_classes=no_split_module_classes,
         offload_buffers=offload_buffers,
+        slots=slots,
     )
     check_devices(placement)
+    if main_device is None and not isinstance(device_map, Mapping):
+        main_device = executing_device(device_map, max_memory)
     executing = main_device_of(placement, main_device)
     if offload_folder is None and any(str(place) == "disk" for place in placement.values()):
         raise PlanError(
@@ -266,11 +284,22 @@ def run(
         offload_buffers=offload_buffers,
         ties=groups,
     )
+    if planned is not None:
+        planned.check(_weights_by_device(model, specs, placement, planned))
     check_kept(model, match)
     check_copies(match, piece_bytes=PIECE_BYTES)
     message = None
     try:
-        _carry_out(model, checkpoint, match, plan, offload_folder, skip_keys=skip_keys, progress=progress)
+        _carry_out(
+            model,
+            checkpoint,
+            match,
+            plan,
+            offload_folder,
+            slots=slots,
+            skip_keys=skip_keys,
+            progress=progress,
+        )
     except (MemoryError, RuntimeError, OSError) as error:
         if not _means_out_of_memory(error):
             raise
@@ -286,6 +315,20 @@ def run(
     return model
 
 
+def _weights_by_device(
+    model: nn.Module, specs: Mapping[str, TensorSpec], placement: Mapping[str, int | str], planned: Plan
+) -> dict[int | str, int]:
+    accounts = account(
+        model,
+        specs,
+        placement,
+        main=planned.execution_device,
+        no_split_module_classes=planned.no_split_module_classes,
+        offload_buffers=planned.offload_buffers,
+    )
+    return {device: memory.weights_bytes for device, memory in accounts.devices.items()}
+
+
 def _carry_out(
     model: nn.Module,
     checkpoint: Checkpoint | None,
@@ -293,6 +336,7 @@ def _carry_out(
     plan: PagePlan,
     offload_folder: str | Path | None,
     *,
+    slots: int,
     skip_keys: str | Sequence[str] | None,
     progress: bool | None,
 ) -> None:
@@ -312,7 +356,7 @@ def _carry_out(
         bind_resident(model, match, resident)
         bind_kept(model, match, plan.specs, plan.resident.get)
         if plan.pages or plan.moved or plan.execution_device.type != "cpu":
-            attach(model, plan, homes, skip_keys=skip_keys)
+            attach(model, plan, homes, slots=slots, skip_keys=skip_keys)
         # else there is nothing to bring anywhere: an ordinary model, which can be copied, pickled and moved
         undo.pop_all()
 

@@ -158,6 +158,7 @@ def fit(
                 f"{format_bytes(short)} ({short} bytes) of the model fit nowhere",
                 where=f"first: {found.left[0]}",
                 hint=f"raise max_memory[{last!r}] by as much, or use a smaller format",
+                shortfall_bytes=short,
             )
         needed = overhead(found.device_map, main)
         over = {d: found.used[d] + needed.get(d, 0) - limits[d] for d in limits}
@@ -168,9 +169,10 @@ def fit(
                 device, short = next(iter(stuck.items()))
                 enough = found.used[device] + needed[device]
                 raise PlanError(
-                    f"{describe(device)} must hold {format_bytes(enough)} to page the rest, {short} bytes more than "
+                    f"{describe(device)} must hold {format_bytes(enough)}, {short} bytes more than "
                     f"max_memory allows",
                     hint=f"raise max_memory[{device!r}] to {enough}, or use a smaller format",
+                    shortfall_bytes=short,
                 )
             return found
         kept.update(grew)

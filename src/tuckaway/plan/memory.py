@@ -13,7 +13,7 @@ import torch
 
 from tuckaway.errors import PlanError
 
-__all__ = ["Device", "MaxMemory", "format_bytes", "get_max_memory", "parse_bytes"]
+__all__ = ["Device", "MaxMemory", "budgets", "format_bytes", "get_max_memory", "parse_bytes"]
 
 _log = logging.getLogger("tuckaway")
 
@@ -80,6 +80,16 @@ def get_max_memory(max_memory: MaxMemory | None = None) -> dict[Device, int]:
     Raises:
         PlanError: a device or size nobody knows.
     """
+    limits = budgets(max_memory)
+    present = accelerator_count()
+    absent = [d for d in max_memory or () if isinstance(d, int) and not 0 <= d < present]
+    if absent:
+        _log.warning("max_memory names accelerators %s, and this machine has %d", absent, present)
+    return limits
+
+
+def budgets(max_memory: MaxMemory | None = None) -> dict[Device, int]:
+    """Return what :func:`get_max_memory` does, for accelerators that are only planned for too."""
     if max_memory is None:
         return _free_memory()
     for device in max_memory:
@@ -89,10 +99,6 @@ def get_max_memory(max_memory: MaxMemory | None = None) -> dict[Device, int]:
                 where="max_memory",
                 hint="use a GPU's number, 'mps', 'cpu' or 'disk'",
             )
-    present = accelerator_count()
-    absent = [d for d in max_memory if isinstance(d, int) and not 0 <= d < present]
-    if absent:
-        _log.warning("max_memory names accelerators %s, and this machine has %d", absent, present)
     numbers = sorted(d for d in max_memory if isinstance(d, int))
     order = [*numbers, *(d for d in ("mps", "cpu", "disk") if d in max_memory)]
     return {device: parse_bytes(max_memory[device]) for device in order}

@@ -11,6 +11,7 @@ import torch
 
 from tuckaway.errors import PlanError
 from tuckaway.plan.memory import format_bytes
+from tuckaway.plan.text import joined, pattern_of, table
 from tuckaway.plan.ties import ancestors
 from tuckaway.tensor import TensorSpec
 
@@ -102,9 +103,7 @@ class QuantizationReport:
         }
 
     def __str__(self) -> str:
-        parts = [
-            _table(("tensors", "format", "shape", "bytes", "on", "not quantized because"), self._lines())
-        ]
+        parts = [table(("tensors", "format", "shape", "bytes", "on", "not quantized because"), self._lines())]
         formats = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.bytes_by_format().items())
         parameters = len(self.quantized) + len(self.unquantized)
         parts.append(f"{len(self.quantized)} of {parameters} parameters quantized; {formats}")
@@ -119,12 +118,11 @@ class QuantizationReport:
         """Rows that differ only in a layer's number become one line, ``h.{0-11}.mlp.weight``."""
         groups: dict[tuple[object, ...], list[ReportRow]] = {}
         for row in self.rows:
-            pattern = ".".join("*" if piece.isdigit() else piece for piece in row.name.split("."))
-            key = (pattern, row.format, row.shape, row.reason, row.device)
+            key = (pattern_of(row.name), row.format, row.shape, row.reason, row.device)
             groups.setdefault(key, []).append(row)
         return [
             (
-                _joined([row.name for row in rows]),
+                joined([row.name for row in rows]),
                 rows[0].format,
                 "x".join(map(str, rows[0].shape)) or "scalar",
                 format_bytes(sum(row.nbytes for row in rows)),
@@ -193,36 +191,3 @@ def _fastest(names: Sequence[str], device_map: Mapping[str, int | str | torch.de
 
 def _place(device: int | str) -> str:
     return f"GPU {device}" if isinstance(device, int) else device
-
-
-def _joined(names: list[str]) -> str:
-    """Write names that differ in numbers as one.
-
-    >>> _joined(["h.0.w", "h.1.w", "h.3.w"])
-    'h.{0-1,3}.w'
-    """
-    pieces = [name.split(".") for name in names]
-    joined = []
-    for column in zip(*pieces, strict=True):
-        distinct = sorted(set(column), key=lambda piece: (len(piece), piece))
-        joined.append(
-            column[0] if len(distinct) == 1 else f"{{{_ranges([int(piece) for piece in distinct])}}}"
-        )
-    return ".".join(joined)
-
-
-def _ranges(numbers: list[int]) -> str:
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def _table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
-    widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
-    ruled = [head, tuple("-" * width for width in widths), *lines]
-    padded = (zip(line, widths, strict=True) for line in ruled)
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in cells).rstrip() for cells in padded)

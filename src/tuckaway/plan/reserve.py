@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from tuckaway.plan.ties import named_tensors
+from tuckaway.tensor import TensorSpec
 
 __all__ = ["Reserve", "estimate_reserve"]
 
@@ -48,6 +50,7 @@ class Reserve:
 
 def estimate_reserve(
     model: nn.Module,
+    specs: Mapping[str, TensorSpec] | None = None,
     *,
     batch_size: int = 1,
     sequence_length: int = 2048,
@@ -60,6 +63,7 @@ def estimate_reserve(
 
     Args:
         model: its tensors may be on the meta device.
+        specs: final form of every tensor: quantized weights are decoded for products of many rows.
         batch_size: sequences at once.
         sequence_length: tokens of prompt and answer together.
         dtype: dtype that is computed in.
@@ -86,7 +90,8 @@ def estimate_reserve(
     cache = 2 * layers * tokens * key_heads * head * dtype.itemsize if caches else 0
     attention = tokens * (heads * head + 2 * key_heads * head)
     live = tokens * ((_HIDDEN_COPIES + 2) * hidden + _INNER_COPIES * inner + vocabulary) + attention
-    largest = max((t.numel() for _, t in named_tensors(model) if t.dim() == 2), default=0)
+    quantized = [math.prod(spec.shape) for spec in (specs or {}).values() if spec.layout is not None]
+    largest = max(quantized, default=0)
     return Reserve(
         cache,
         live * dtype.itemsize,
@@ -102,9 +107,8 @@ def _text_config(config: Any) -> Any:
 
 
 def _int(config: Any, *names: str) -> int:
-    read = config.get if isinstance(config, Mapping) else lambda name: getattr(config, name, None)
     for name in names:
-        value = read(name) if config is not None else None
+        value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     return 0

@@ -26,12 +26,12 @@ from tuckaway.plan.device_map import (
     place_of,
     transient_buffers,
 )
-from tuckaway.plan.memory import Device, MaxMemory, get_max_memory
+from tuckaway.plan.memory import Device, MaxMemory, budgets
 from tuckaway.plan.sizes import tensor_sizes
 from tuckaway.plan.ties import ancestors, tied_groups
 from tuckaway.tensor import TensorSpec
 
-__all__ = ["resolve_device_map"]
+__all__ = ["executing_device", "resolve_device_map"]
 
 _TRIED = 4
 """Sizes of blocks that are tried as the least of those that stay: embedding, head, and what else is not a layer."""
@@ -102,11 +102,28 @@ def resolve_device_map(
     return clean_device_map(_fullest(tree, limits, overhead, whole).device_map)
 
 
+def executing_device(
+    device_map: Mapping[str, Placement] | Placement | None, max_memory: MaxMemory | None = None
+) -> Device:
+    """Return what executes under a map: its first accelerator; of a named map, the first that has a budget.
+
+    Without one, the CPU. A GPU executes even where nothing stays on it and all blocks are paged to it.
+    """
+    if isinstance(device_map, Mapping):
+        return normalized(main_device_of(device_map))
+    if device_map is None:
+        return torch.accelerator.current_device_index() if torch.accelerator.is_available() else "cpu"
+    if device_map not in _NAMED:
+        return normalized(main_device_of({"": device_map}))
+    limits = budgets(max_memory)
+    return next((d for d, size in limits.items() if d not in OFFLOADED and size > 0), "cpu")
+
+
 def _budgets(
     max_memory: MaxMemory | None, reserve_bytes: int | None
 ) -> tuple[dict[Device, int], dict[Device, int]]:
     """Return what each device may take, and what of that stays free."""
-    limits = get_max_memory(max_memory)
+    limits = budgets(max_memory)
     accelerators = [device for device in limits if device not in OFFLOADED]
     if max_memory is None and "cpu" in limits:
         ring = host_ring_bytes(accelerators[0] if accelerators else "cpu")
@@ -139,7 +156,9 @@ def _balanced(
     }
 
 
-def _fullest(tree: Tree, limits: Mapping[Device, int], overhead: _Overhead, whole: Collection[str]) -> Allocation:
+def _fullest(
+    tree: Tree, limits: Mapping[Device, int], overhead: _Overhead, whole: Collection[str]
+) -> Allocation:
     """Fill the devices in the model's order, or with its largest blocks first where that keeps more resident.
 
     Slots are as large as the largest page: one big block left to paging (the output head of a small model is 20
