@@ -24,15 +24,12 @@ from tuckaway.cli.model import build, load, quantization_config, tokenizer_of
 from tuckaway.cli.run import Conversation, chat
 from tuckaway.cli.show import Screen
 
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-
 
 def conversation(
     folder: Path, *, limit: int = 6, **options: Any
 ) -> Iterator[tuple[Conversation, io.StringIO]]:
     built = build(str(folder))
     tokenizer = tokenizer_of(built)
-    tokenizer.chat_template = TEMPLATE
     out = io.StringIO()
     screen = Screen(Console(file=out, highlight=False))
     with load(built, quantization_config(built, "nf4")) as loaded:
@@ -40,8 +37,8 @@ def conversation(
 
 
 @pytest.fixture(scope="module")
-def talk(tiny_llama: Path) -> Iterator[tuple[Conversation, io.StringIO]]:
-    yield from conversation(tiny_llama)
+def talk(tiny_chat: Path) -> Iterator[tuple[Conversation, io.StringIO]]:
+    yield from conversation(tiny_chat)
 
 
 @pytest.fixture
