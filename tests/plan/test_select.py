@@ -69,6 +69,10 @@ class Written(nn.Module):
             lambda: nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)),
             {"parametrizations.weight.original1"},
         ),
+        (
+            lambda: nn.utils.parametrizations.weight_norm(nn.Conv1d(32, 64, 3)),
+            {"parametrizations.weight.original1"},
+        ),
     ],
 )
 def test_chosen_by_use(make, expected):

@@ -15,7 +15,7 @@ from tuckaway.paging.slots import Slot
 from tuckaway.paging.units import PageUnit
 from tuckaway.tensor import TensorSpec
 
-__all__ = ["Binding", "Page"]
+__all__ = ["Binding", "Page", "guard"]
 
 
 class Binding:
@@ -75,12 +75,12 @@ class Page:
                     spec = dataclasses.replace(self.specs[binding.name], requires_grad=wants)
                     tensor = spec.build(parts[binding.name])
                     if wants:
-                        _guard(tensor, binding.name)
+                        guard(tensor, binding.name)
                     built[binding.name] = tensor
             return tuple(built[binding.name] for binding in self.bindings)
 
 
-def _guard(parameter: torch.Tensor, name: str) -> None:
+def guard(parameter: torch.Tensor, name: str) -> None:
     """Make a gradient that would be lost with the page an error, instead of training that does nothing."""
 
     def refuse(_: torch.Tensor) -> None:

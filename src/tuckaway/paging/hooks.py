@@ -136,6 +136,11 @@ class PageHook(AlignDevicesHook):  # type: ignore[misc]
         """Whether torch calls it."""
         return bool(self._handles)
 
+    @property
+    def running(self) -> bool:
+        """Whether this thread is in the module's forward."""
+        return bool(self._entries())
+
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
             return _uncompiled(PageHook._enter)(self, args, kwargs)

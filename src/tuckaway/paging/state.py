@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from tuckaway.errors import PagingError
-from tuckaway.paging.binding import Binding, Page
+from tuckaway.paging.away import placeholder
+from tuckaway.paging.binding import Binding, Page, guard
 from tuckaway.paging.homes import PageHomes
 from tuckaway.paging.hooks import PageHook, refuse_copy
 from tuckaway.paging.pager import Pager
@@ -76,13 +77,18 @@ class Paging:
                 continue
             seen.add((id(module), attribute))
             if canonical not in meta:
-                with torch.inference_mode(False):
-                    meta[canonical] = spec.build(spec.empty("meta"))
+                meta[canonical] = placeholder(self, canonical, spec)
             bindings[canonical].append(Binding(module, attribute, canonical, spec.is_buffer, meta[canonical]))
         return [
             Page(unit, self.plan.specs, [b for name in unit.tensors for b in bindings[name]])
             for unit in self.plan.pages
         ]
+
+    @property
+    def running(self) -> bool:
+        """Whether this thread is in a forward of the model."""
+        model = self._model()
+        return any(hook.running for module, hook in self.hooks[:1] if module is model)
 
     @property
     def pages(self) -> tuple[Page, ...]:
@@ -103,6 +109,13 @@ class Paging:
             components = {key: part.to(device, copy=True) for key, part in components.items()}
         with torch.inference_mode(False):
             return self.plan.specs[canonical].build(components)
+
+    def fetch(self, name: str) -> torch.Tensor:
+        """Return a paged tensor on the execution device, in memory of its own, for a use outside its page's turn."""
+        tensor = self.read(name, self.plan.execution_device)
+        if tensor.requires_grad and torch.is_grad_enabled():
+            guard(tensor, name)
+        return tensor
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Replace a paged tensor in its home: the next turn of its page brings the new value.

@@ -60,6 +60,13 @@ class ModelNames:
         """Return the module that holds a tensor."""
         return self.modules[name.rpartition(".")[0]]
 
+    def user(self, name: str) -> nn.Module:
+        """Return the module that a tensor is used by: of a parametrized weight, the module that has the weight."""
+        path, found, _ = name.rpartition(".parametrizations.")
+        if found or name.startswith("parametrizations."):
+            return self.modules[path]
+        return self.owner(name)
+
     def within(self, path: str) -> Iterator[str]:
         """Yield the names of the tensors at or below ``path``."""
         for name in (*self.parameters, *self.buffers):

@@ -64,7 +64,7 @@ def choose_specs(
         if spec.layout is None:
             spec = _plain(spec, wanted, fp32=name in choice.fp32)
             if config is not None and name not in reasons:
-                transposed = is_stored_transposed(names.owner(name))
+                transposed = is_stored_transposed(names.user(name))
                 spec = quantized_spec(spec, choice.config_of(name), transposed=transposed)
         specs[name] = spec
     for name, tensor in names.buffers.items():
@@ -144,13 +144,13 @@ class _Choice:
             elif reason is None:
                 own, named = name.rpartition(".")[2], name in self._named
                 reason = reason_against(
-                    names.owner(name), own, tensor, self.config_of(name), self.plain, named=named
+                    names.user(name), own, tensor, self.config_of(name), self.plain, named=named
                 )
             if reason is not None:
                 found[name] = reason
         for group in self.groups:
             against = [name for name in group if name in found]
-            transposed = {is_stored_transposed(names.owner(name)) for name in group}
+            transposed = {is_stored_transposed(names.user(name)) for name in group}
             for name in group:
                 if against and name not in found:
                     found[name] = f"tied to {against[0]} ({found[against[0]]})"

@@ -1,0 +1,137 @@
+"""What stands in a module for a tensor whose page is not in: a meta tensor that fetches the bytes when it is used.
+
+Pages come in for the forward of the module they belong to. A tensor can be used outside of it: by a parent that never
+calls the module (``self.rel_embeddings.weight``), by a lambda, by ``functional_call``, by a user who looks at it. Then
+its bytes are read from their home for that one call, on the device that executes. Writing to it raises, where a plain
+meta tensor would take the write and lose it. In a forward of the model it says that it is on the device that executes,
+for models that move their inputs to where a weight is (``x.to(self.embed.weight.device)``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import ref
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from tuckaway.errors import PagingError
+from tuckaway.paging.hooks import refuse_copy
+from tuckaway.tensor import QuantizedTensor, TensorSpec
+
+if TYPE_CHECKING:
+    from tuckaway.paging.state import Paging
+
+__all__ = ["placeholder"]
+
+_ABOUT = frozenset((
+    "__get__", "__set__", "__delete__", "__hash__", "__repr__", "__format__", "__len__", "size", "dim",
+    "ndimension", "numel", "nelement", "stride", "element_size", "get_device", "storage_offset",
+    "untyped_storage", "data_ptr", "detach", "alias", "requires_grad_", "register_hook",
+    "register_post_accumulate_grad_hook", "share_memory_", "has_names", "type", "_is_view", "backward"
+))  # fmt: skip
+"""Calls that ask a tensor about itself and need none of its values."""
+
+_DEVICE = torch.Tensor.device.__get__
+_WRITES = frozenset(
+    ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__")
+)
+
+
+def placeholder(paging: Paging, name: str, spec: TensorSpec) -> torch.Tensor:
+    """Make the stand-in for a paged tensor.
+
+    Args:
+        paging: the model's paging, which is not kept alive.
+        name: the name its bytes are kept under.
+        spec: its form.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        made = spec.build(spec.empty("meta"))
+        away: Any
+        if isinstance(made, QuantizedTensor):
+            away = _AwayQuantized(made, dtype=spec.dtype)
+            away._is_param = not spec.is_buffer
+        else:
+            kind = _AwayBuffer if spec.is_buffer else _AwayParameter
+            away = torch.Tensor._make_subclass(kind, made.detach(), made.requires_grad)
+        away._home = (ref(paging), name)
+    return away  # type: ignore[no-any-return]
+
+
+class _Away(torch.Tensor):
+    """Fetches what is asked of it."""
+
+    _home: tuple[ref[Paging], str]
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if name == "__get__" and func == _DEVICE and isinstance(args[0], _Away):
+            paging = args[0]._home[0]()
+            if paging is not None and paging.running:
+                return paging.plan.execution_device
+        if name in _ABOUT or name.startswith("is_") or _stays_away(name, args, kwargs):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if args and isinstance(args[0], _Away) and (name in _WRITES or _writes(name)):
+            raise PagingError(
+                f"{args[0]._home[1]!r} is paged out and cannot be written to ({name})",
+                hint="bring the model back first: tuckaway.materialize(model)",
+            )
+        fetched: dict[int, torch.Tensor] = {}
+        args, kwargs = tree_map(lambda value: _fetch(value, fetched), (args, kwargs))
+        return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        refuse_copy()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        refuse_copy()
+
+
+class _AwayParameter(_Away, nn.Parameter):
+    pass
+
+
+class _AwayBuffer(_Away):
+    pass
+
+
+class _AwayQuantized(_Away, QuantizedTensor):
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Read it, and return it as a plain tensor."""
+        value = _fetch(self, {})
+        assert isinstance(value, QuantizedTensor)
+        return value.dequantize(dtype)
+
+
+def _stays_away(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Tell ``.to("meta")`` from a move to where values are."""
+    asked = [*args[1:], *kwargs.values()]
+    return name == "to" and any(str(value) == "meta" for value in asked)
+
+
+def _writes(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _fetch(value: Any, fetched: dict[int, torch.Tensor]) -> Any:
+    if not isinstance(value, _Away):
+        return value
+    if id(value) not in fetched:
+        paging, name = value._home[0](), value._home[1]
+        if paging is None:
+            raise PagingError(f"{name!r} was paged, and its model is gone")
+        with torch._C.DisableTorchFunctionSubclass():
+            fetched[id(value)] = paging.fetch(name)
+    return fetched[id(value)]

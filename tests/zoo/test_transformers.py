@@ -1,0 +1,42 @@
+"""Models of transformers, one test an architecture and format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import tuckaway
+from zoo.entry import Entry
+from zoo.harness import CONFIGS, check_model, one_thread
+from zoo.language_models import LANGUAGE
+from zoo.perception_models import PERCEPTION
+
+ENTRIES = [*LANGUAGE, *PERCEPTION]
+ALL_TOO_SMALL = {"Encodec"}  # convolutions with rows of seven weights, and an LSTM
+
+
+def test_the_zoo_is_big() -> None:
+    names = [entry.name for entry in ENTRIES]
+    assert len(names) == len(set(names)) > 130
+    kinds = {entry.kind for entry in ENTRIES}
+    expected = {
+        "decoder",
+        "encoder",
+        "encoder-decoder",
+        "MoE",
+        "state space",
+        "vision",
+        "speech",
+        "multimodal",
+    }
+    assert kinds >= expected
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the models' own code, which is not ours to mend
+@pytest.mark.parametrize("format", CONFIGS)
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_model(entry: Entry, format: str, tmp_path: Path) -> None:
+    with one_thread():
+        report = check_model(entry.build, entry.arguments, tuckaway.save_model, format, tmp_path)
+    assert report.quantized or entry.name in ALL_TOO_SMALL
