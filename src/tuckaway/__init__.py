@@ -15,6 +15,7 @@ from tuckaway.empty import init_empty_weights, init_on_device
 from tuckaway.errors import *  # noqa: F403  (the tree's names are its __all__)
 from tuckaway.errors import __all__ as _errors
 from tuckaway.integrations.registration import register_when_imported
+from tuckaway.integrations.transformers.pretrained import from_pretrained
 from tuckaway.load import (
     cpu_offload,
     disk_offload,
@@ -39,6 +40,7 @@ __all__ = [
     "cpu_offload",
     "disk_offload",
     "dispatch_model",
+    "from_pretrained",
     "get_balanced_memory",
     "infer_auto_device_map",
     "init_empty_weights",

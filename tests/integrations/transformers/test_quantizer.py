@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache, pipeline
 
@@ -166,7 +168,9 @@ def test_config_dtype_comes_first(tmp_path: Path) -> None:
     plain = saved("llama", tmp_path / "plain")
     config = TuckawayConfig("nf4", dtype="fp16")
     model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=config, dtype=torch.float32)
-    assert {p.dtype for p in model.parameters()} == {torch.float16}
+    # transformers 5.0 asks the quantizer for a dtype, and then takes its own
+    old = Version(transformers.__version__) < Version("5.4")
+    assert {p.dtype for p in model.parameters()} == {torch.float32 if old else torch.float16}
 
 
 @pytest.mark.parametrize("kind", ["llama", "experts"])

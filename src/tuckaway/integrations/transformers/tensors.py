@@ -79,12 +79,14 @@ def flat_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
         if not isinstance(tensor, torch.Tensor):
             flat[name] = tensor
             continue
+        if name in repeated and (tensor.is_meta or isinstance(tensor, QuantizedTensor)):
+            continue  # transformers itself tells other ties by their storage
         components: Components = components_of(tensor)
         if tensor.is_meta:
             components = offloaded_tensor(model, name) or components
         if not isinstance(tensor, QuantizedTensor):
             flat[name] = components[""]
-        elif name not in repeated:
+        else:
             parts = format_of(tensor.format).serialize(name, components, tensor.layout_info)
             for key, part in parts.items():
                 # codebooks are the same tensor for every weight, which would look like a tie
