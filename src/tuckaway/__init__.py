@@ -11,6 +11,7 @@ on the way, modules are placed over GPU, CPU and disk, and what does not fit is 
 from typing import TYPE_CHECKING, Any
 
 from tuckaway.config import QuantizationConfig
+from tuckaway.convert import quantize_checkpoint
 from tuckaway.empty import init_empty_weights, init_on_device
 from tuckaway.errors import *  # noqa: F403  (the tree's names are its __all__)
 from tuckaway.errors import __all__ as _errors
@@ -51,6 +52,7 @@ __all__ = [
     "memory_footprint",
     "plan",
     "quantize",
+    "quantize_checkpoint",
     "save_model",
     *(name for name in _errors if name != "nearest_names"),
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from tuckaway import files
 from tuckaway.checkpoint import CheckpointWriter
 from tuckaway.config import QuantizationConfig
 from tuckaway.errors import ConfigError, PagingError
-from tuckaway.formats import Components, format_of
+from tuckaway.formats import Components, Layout, format_of
 from tuckaway.paging import offloaded_tensor
 from tuckaway.plan import tied_groups
 from tuckaway.tensor import QuantizedTensor, components_of
 
-__all__ = ["save_model"]
+__all__ = ["describe", "plain_linears", "save_model", "state_of"]
 
 _log = logging.getLogger("tuckaway")
 
@@ -81,10 +81,11 @@ def save_model(
 def _names_to_write(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Parameters and persistent buffers, each once: of tied names, the first."""
     duplicates = {name for group in tied_groups(model) for name in group[1:]}
-    return [(name, tensor) for name, tensor in _state(model) if name not in duplicates]
+    return [(name, tensor) for name, tensor in state_of(model) if name not in duplicates]
 
 
-def _state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def state_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield parameters and persistent buffers, module by module: the order that they are written in."""
     for prefix, module in model.named_modules(remove_duplicate=True):
         head = f"{prefix}." if prefix else ""
         for name, parameter in module._parameters.items():
@@ -152,18 +153,33 @@ def _write_config(model: nn.Module, directory: Path) -> None:
 
 def _quantization_of(model: nn.Module) -> dict[str, Any] | None:
     """What a ``config.json`` says of the quantized modules; the rest is listed as skipped."""
-    quantized = {n: p for n, p in model.named_parameters() if isinstance(p, QuantizedTensor)}
-    if not quantized:
-        return None
-    kinds = {p.format for p in quantized.values()}
-    if len(kinds) > 1:
-        _log.warning("formats %s lie in one checkpoint; config.json can name only one", sorted(kinds))
-    one = next(iter(quantized.values())).layout_info
-    plain_linears = [
+    layouts = {n: p.layout_info for n, p in model.named_parameters() if isinstance(p, QuantizedTensor)}
+    return describe(layouts.values(), plain_linears(model, layouts))
+
+
+def plain_linears(model: nn.Module, quantized: Container[str]) -> list[str]:
+    """Return the names of the linear layers whose weight is not among the ``quantized`` names."""
+    return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module.weight, QuantizedTensor)
+        if isinstance(module, nn.Linear) and f"{name}.weight".removeprefix(".") not in quantized
     ]
+
+
+def describe(layouts: Iterable[Layout], plain_linears: Sequence[str]) -> dict[str, Any] | None:
+    """Return the ``quantization_config`` under which transformers loads a checkpoint; ``None``: nothing is quantized.
+
+    Args:
+        layouts: of the quantized tensors.
+        plain_linears: linear layers that are not.
+    """
+    layouts = list(layouts)
+    if not layouts:
+        return None
+    kinds = {layout.format for layout in layouts}
+    if len(kinds) > 1:
+        _log.warning("formats %s lie in one checkpoint; config.json can name only one", sorted(kinds))
+    one = layouts[0]
     return QuantizationConfig(
         format=one.format,
         nested=one.nested,

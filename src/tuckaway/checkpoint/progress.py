@@ -25,6 +25,7 @@ class Progress:
     Args:
         total: bytes to come.
         description: what is done, before the bar.
+        done: bytes of ``total`` that are there already.
         show: ``True`` or ``False``; ``None``: when standard error is a terminal. The environment variable
             ``TUCKAWAY_NO_PROGRESS`` silences it in every case.
 
@@ -33,7 +34,7 @@ class Progress:
         ...     progress.update(2**19, "wte.weight")
     """
 
-    def __init__(self, total: int, description: str, *, show: bool | None = None) -> None:
+    def __init__(self, total: int, description: str, *, done: int = 0, show: bool | None = None) -> None:
         if show is None:
             show = sys.stderr is not None and sys.stderr.isatty()
         if os.environ.get(NO_PROGRESS, "").lower() not in ("", "0", "false"):
@@ -43,6 +44,7 @@ class Progress:
         if show:
             self._bar = _Bar(
                 total=total,
+                initial=done,  # left out of the speed that the remaining time is told from
                 desc=description,
                 unit="B",
                 unit_scale=True,

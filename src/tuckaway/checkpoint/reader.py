@@ -14,7 +14,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -113,7 +113,7 @@ def stream(
     requests: Sequence[Request],
     *,
     piece_bytes: int = PIECE_BYTES,
-    progress: bool | None = False,
+    progress: Progress | bool | None = False,
     ring: Ring | None = None,
 ) -> Iterator[Piece]:
     """Read tensors piece by piece, in the order they lie in the files.
@@ -124,7 +124,7 @@ def stream(
     Args:
         requests: what to read; the order does not matter.
         piece_bytes: size of a piece at most, where ``align`` and ``whole`` allow.
-        progress: show a bar; ``None``: when standard error is a terminal.
+        progress: show a bar; ``None``: when standard error is a terminal; or one to advance that goes on after.
         ring: how many buffers and threads, and for which device; ``None``: two buffers and a thread.
 
     Raises:
@@ -154,7 +154,9 @@ def stream(
     return _run(ordered, piece_bytes, progress, ring or Ring())
 
 
-def _run(requests: list[Request], piece_bytes: int, progress: bool | None, ring: Ring) -> Iterator[Piece]:
+def _run(
+    requests: list[Request], piece_bytes: int, progress: Progress | bool | None, ring: Ring
+) -> Iterator[Piece]:
     total = sum(request.entry.nbytes for request in requests)
     batches = _batches(requests, piece_bytes)
     free = deque(ring.slots(min(piece_bytes + _SLOT, total + _SLOT * len(requests))))
@@ -162,7 +164,7 @@ def _run(requests: list[Request], piece_bytes: int, progress: bool | None, ring:
     sums = _Sums()
     with (
         closing(_Sources(ring.threads)) as sources,
-        Progress(total, "Loading weights", show=progress) as bar,
+        _bar(total, progress) as bar,
     ):
         threads = ThreadPoolExecutor(ring.threads, thread_name_prefix="tuckaway-read")
         try:
@@ -184,6 +186,12 @@ def _run(requests: list[Request], piece_bytes: int, progress: bool | None, ring:
         finally:
             threads.shutdown(cancel_futures=True)
         sources.finish()
+
+
+def _bar(total: int, progress: Progress | bool | None) -> AbstractContextManager[Progress]:
+    if isinstance(progress, Progress):
+        return nullcontext(progress)
+    return Progress(total, "Loading weights", show=progress)
 
 
 def _batches(requests: list[Request], piece_bytes: int) -> Iterator[_Batch]:

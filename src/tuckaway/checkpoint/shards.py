@@ -14,7 +14,7 @@ from tuckaway.checkpoint.header import DTYPES, MAX_HEADER
 from tuckaway.checkpoint.seal import is_sealed, placeholder, seal
 from tuckaway.errors import CheckpointError
 
-__all__ = ["ShardLayout", "as_bytes", "plan_shards"]
+__all__ = ["ShardLayout", "as_bytes", "header_of", "plan_shards"]
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {
@@ -101,21 +101,32 @@ def plan_shards(
         shard.tensors[name] = (dtype, tuple(shape), shard.data_bytes, nbytes)
         shard.data_bytes += nbytes
     for shard in shards:
-        shard.header = _header(shard, metadata)
+        shard.header = header_of(shard, metadata)
     return shards
 
 
-def _header(shard: ShardLayout, metadata: dict[str, str]) -> bytes:
-    """Return the length, the JSON and spaces up to a multiple of 8, so that the first tensor is aligned."""
+def header_of(shard: ShardLayout, metadata: dict[str, str], *, room: int = 0) -> bytes:
+    """Return the length, the JSON and spaces up to a multiple of 8, so that the first tensor is aligned.
+
+    Args:
+        shard: its tensors.
+        metadata: strings for ``__metadata__``.
+        room: bytes that it is to have at least, a multiple of 8.
+
+    Raises:
+        CheckpointError: it is longer than the format allows, or a dtype that the format does not have.
+    """
     content: dict[str, object] = {"__metadata__": {**metadata, **placeholder(len(shard.tensors))}}
     for name, (dtype, shape, offset, nbytes) in shard.tensors.items():
+        if dtype not in _NAMES:
+            raise CheckpointError(f"safetensors has no dtype for {name!r}, which is {dtype}")
         content[name] = {
             "dtype": _NAMES[dtype],
             "shape": list(shape),
             "data_offsets": [offset, offset + nbytes],
         }
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * max(-len(text) % 8, room - 8 - len(text))
     if len(text) > MAX_HEADER:
         raise CheckpointError(
             f"{len(shard.tensors)} names make a header of {len(text)} bytes, more than the {MAX_HEADER} allowed",

@@ -3,6 +3,7 @@
 from tuckaway.formats import four_bit, int8  # noqa: F401  (each registers its formats)
 from tuckaway.formats.base import (
     BoundLinear,
+    Emit,
     Entries,
     Format,
     PieceQuantizer,
@@ -15,6 +16,7 @@ from tuckaway.formats.layout import Components, Layout, Shape, Specs
 __all__ = [
     "BoundLinear",
     "Components",
+    "Emit",
     "Entries",
     "Format",
     "Layout",

@@ -18,6 +18,7 @@ from tuckaway.formats.layout import Components, Layout, Shape, Specs
 
 __all__ = [
     "BoundLinear",
+    "Emit",
     "Entries",
     "Format",
     "PieceQuantizer",
@@ -41,6 +42,8 @@ class Entry(Protocol):
 
 Entries = Mapping[str, Entry]
 BoundLinear = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+Emit = Callable[[int, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,15 @@ class Format(ABC):
         """Return the number of elements a piece must start on a multiple of."""
 
     @abstractmethod
-    def quantizer(self, layout: Layout, components: Components) -> PieceQuantizer:
-        """Return what quantizes a tensor of this layout into ``components``."""
+    def quantizer(self, layout: Layout, components: Components, emit: Emit | None = None) -> PieceQuantizer:
+        """Return what quantizes a tensor of this layout into ``components``.
+
+        Args:
+            layout: how it is to be read.
+            components: what is filled.
+            emit: takes the codes of every piece, 1-D, with the position of the first; then ``components`` needs no
+                ``codes``, and a tensor of any size takes the memory of its scales and one piece.
+        """
 
     @abstractmethod
     def dequantize(self, components: Components, layout: Layout, dtype: torch.dtype) -> torch.Tensor:

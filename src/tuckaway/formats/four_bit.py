@@ -23,7 +23,7 @@ from typing_extensions import override
 
 import tuckaway_kernels  # noqa: F401  (registers torch.ops.tuckaway)
 from tuckaway.errors import CheckpointError
-from tuckaway.formats.base import BoundLinear, Entries, Format, PieceQuantizer, Serialized, register
+from tuckaway.formats.base import BoundLinear, Emit, Entries, Format, PieceQuantizer, Serialized, register
 from tuckaway.formats.layout import Components, Layout, Shape, Specs
 from tuckaway_kernels.codebooks import codebook, dynamic_map
 from tuckaway_kernels.linear_4bit.bound import BoundProduct
@@ -59,8 +59,8 @@ class FourBit(Format):
         return layout.blocksize
 
     @override
-    def quantizer(self, layout: Layout, components: Components) -> PieceQuantizer:
-        return _FourBitQuantizer(layout, components)
+    def quantizer(self, layout: Layout, components: Components, emit: Emit | None = None) -> PieceQuantizer:
+        return _FourBitQuantizer(layout, components, emit)
 
     @override
     def dequantize(self, components: Components, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
@@ -227,9 +227,10 @@ class FourBit(Format):
 
 
 class _FourBitQuantizer(PieceQuantizer):
-    def __init__(self, layout: Layout, components: Components) -> None:
+    def __init__(self, layout: Layout, components: Components, emit: Emit | None) -> None:
         self.layout = layout
         self.components = components
+        self.emit = emit
         self.absmax = components["absmax"]
         if layout.nested:
             self.absmax = torch.empty(self.absmax.shape, dtype=torch.float32, device=self.absmax.device)
@@ -238,13 +239,20 @@ class _FourBitQuantizer(PieceQuantizer):
     def write(self, start: int, piece: torch.Tensor) -> None:
         size = self.layout.blocksize
         stop = start + piece.numel()
+        first, last = start // 2, (stop + 1) // 2
+        if self.emit is None:
+            codes = self.components["codes"][first:last]
+        else:
+            codes = torch.empty(last - first, dtype=torch.uint8, device=piece.device)
         torch.ops.tuckaway.quantize_4bit_out(
             piece,
             self.layout.format,
             size,
-            self.components["codes"][start // 2 : (stop + 1) // 2],
+            codes,
             self.absmax[start // size : math.ceil(stop / size)],
         )
+        if self.emit is not None:
+            self.emit(first, codes)
 
     @override
     def finish(self) -> None:

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 import tuckaway_kernels  # noqa: F401  (registers torch.ops.tuckaway)
 from tuckaway.errors import CheckpointError
-from tuckaway.formats.base import BoundLinear, Entries, Format, PieceQuantizer, Serialized, register
+from tuckaway.formats.base import BoundLinear, Emit, Entries, Format, PieceQuantizer, Serialized, register
 from tuckaway.formats.layout import Components, Layout, Shape, Specs
 
 __all__ = ["Int8"]
@@ -36,8 +36,8 @@ class Int8(Format):
         return max(layout.cols, 1)
 
     @override
-    def quantizer(self, layout: Layout, components: Components) -> PieceQuantizer:
-        return _Int8Quantizer(layout, components)
+    def quantizer(self, layout: Layout, components: Components, emit: Emit | None = None) -> PieceQuantizer:
+        return _Int8Quantizer(layout, components, emit)
 
     @override
     def dequantize(self, components: Components, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
@@ -139,24 +139,33 @@ def _keys(name: str) -> tuple[str, str]:
 
 
 class _Int8Quantizer(PieceQuantizer):
-    def __init__(self, layout: Layout, components: Components) -> None:
+    def __init__(self, layout: Layout, components: Components, emit: Emit | None) -> None:
         self.cols = max(layout.cols, 1)
-        self.codes = components["codes"].view(-1)
+        self.codes = components["codes"].view(-1) if emit is None else None
+        self.emit = emit
         self.absmax = components["absmax"]
+        self.written = False
 
     @override
     def write(self, start: int, piece: torch.Tensor) -> None:
+        self.written = True
         rows = piece.numel() // self.cols
         first = start // self.cols
+        if self.codes is not None:
+            codes = self.codes[start : start + piece.numel()]
+        else:
+            codes = torch.empty(piece.numel(), dtype=torch.int8, device=piece.device)
         torch.ops.tuckaway.quantize_int8_out(
             piece.view(rows, self.cols),
-            self.codes[start : start + piece.numel()].view(rows, self.cols),
+            codes.view(rows, self.cols),
             self.absmax[first : first + rows],
         )
+        if self.emit is not None:
+            self.emit(start, codes)
 
     @override
     def finish(self) -> None:
-        if not self.codes.numel():
+        if not self.written:
             self.absmax.zero_()  # rows of no weights: no piece ever came
 
 

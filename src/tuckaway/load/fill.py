@@ -7,10 +7,10 @@ from contextlib import closing
 
 import torch
 
-from tuckaway.checkpoint import Request, Ring, stream
+from tuckaway.checkpoint import Progress, Request, Ring, stream
 from tuckaway.formats import Components
 from tuckaway.load.match import Feed
-from tuckaway.load.place import Destination
+from tuckaway.load.place import Destination, Streaming
 from tuckaway.load.sinks import CopySink, Sink, sink_for
 
 __all__ = ["fill", "fill_from_tensors"]
@@ -27,6 +27,8 @@ class _Filling:
         self.open = len(feed.entries)
 
     def sink(self, feed: Feed, component: str) -> Sink:
+        if isinstance(self.destination, Streaming):
+            return self.destination.sink(feed.spec, component, feed.entries[component].dtype, self.components)
         if not feed.quantized_already:
             return sink_for(feed.spec, self.components)
         return CopySink(self.components[component], feed.entries[component].dtype)
@@ -42,7 +44,7 @@ def fill(
     destination_of: Callable[[Feed], Destination],
     *,
     piece_bytes: int,
-    progress: bool | None = None,
+    progress: Progress | bool | None = None,
     ring: Ring | None = None,
 ) -> None:
     """Read every feed's tensors in file order and fill their destinations.
@@ -51,7 +53,7 @@ def fill(
         feeds: what is to be read.
         destination_of: gives the destination of a feed; asked once, when its first byte arrives.
         piece_bytes: most bytes of a checkpoint in memory at once, but for tensors that must come whole.
-        progress: show a bar; ``None``: when standard error is a terminal.
+        progress: show a bar; ``None``: when standard error is a terminal; or one to advance that goes on after.
         ring: the buffers that the bytes pass through.
 
     Raises:

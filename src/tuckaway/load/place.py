@@ -8,14 +8,15 @@ bytes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from tuckaway.formats import Components
+from tuckaway.load.sinks import Sink
 from tuckaway.tensor import TensorSpec
 
-__all__ = ["Destination", "InPage", "OnDevice", "OnDisk"]
+__all__ = ["Destination", "InPage", "OnDevice", "OnDisk", "Streaming"]
 
 
 class Destination(Protocol):
@@ -26,6 +27,16 @@ class Destination(Protocol):
 
     def close(self, components: Components) -> None:
         """Take the filled components to their place."""
+
+
+@runtime_checkable
+class Streaming(Destination, Protocol):
+    """Takes one tensor piece by piece, so that it is never whole in memory."""
+
+    def sink(
+        self, spec: TensorSpec, component: str, stored_dtype: torch.dtype, components: Components
+    ) -> Sink:
+        """Return what takes the pieces of the checkpoint's tensor for ``component`` (``""``: all of them)."""
 
 
 class OnDevice:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from typing_extensions import override
 
-from tuckaway.formats import Components, PieceQuantizer, format_of
+from tuckaway.formats import Components, Emit, PieceQuantizer, format_of
 from tuckaway.tensor import TensorSpec
 
 __all__ = ["CopySink", "PlainSink", "QuantizeSink", "Sink", "TransposedSink", "sink_for"]
@@ -146,14 +146,20 @@ def strip_rows(rows: int, cols: int, align: int) -> int:
     return min(max(wanted // multiple, 1) * multiple, max(rows, 1))
 
 
-def sink_for(spec: TensorSpec, components: Components) -> Sink:
-    """Return what turns the checkpoint's plain tensor into ``components`` of ``spec``."""
+def sink_for(spec: TensorSpec, components: Components, emit: Emit | None = None) -> Sink:
+    """Return what turns the checkpoint's plain tensor into ``components`` of ``spec``.
+
+    Args:
+        spec: the tensor's final form.
+        components: what is filled.
+        emit: takes the codes piece by piece; then ``components`` need not have them.
+    """
     layout = spec.layout
     if layout is None:
         return PlainSink(components[""])
     format = format_of(layout.format)
-    quantizer, align = format.quantizer(layout, components), format.piece_alignment(layout)
-    device = components["codes"].device
+    quantizer, align = format.quantizer(layout, components, emit), format.piece_alignment(layout)
+    device = components["absmax"].device
     if layout.transposed:
         return TransposedSink(quantizer, align, spec.dtype, device, spec.shape)
     return QuantizeSink(quantizer, align, spec.dtype, device)
