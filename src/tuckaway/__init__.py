@@ -11,7 +11,7 @@ on the way, modules are placed over GPU, CPU and disk, and what does not fit is 
 from typing import TYPE_CHECKING, Any
 
 from tuckaway.config import QuantizationConfig
-from tuckaway.convert import quantize_checkpoint
+from tuckaway.convert import Conversion, quantize_checkpoint
 from tuckaway.empty import init_empty_weights, init_on_device
 from tuckaway.errors import *  # noqa: F403  (the tree's names are its __all__)
 from tuckaway.errors import __all__ as _errors
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Conversion",
     "Plan",
     "QuantizationConfig",
     "QuantizedTensor",

@@ -180,7 +180,7 @@ def test_empty_and_scalar_tensors(tmp_path):
 def test_the_file_is_one_that_safetensors_reads_lazily(source, tmp_path):
     quantize_checkpoint(source, tmp_path / "out")
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata()["format"] == "pt"
 
 
 def test_a_finished_destination_is_left_alone(source, tmp_path):

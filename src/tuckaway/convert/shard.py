@@ -21,6 +21,7 @@ from tuckaway.tensor import TensorSpec
 
 __all__ = ["InShard", "ShardFile", "checksum_of"]
 
+
 class ShardFile:
     """A safetensors file being written; a context manager that discards what was not committed.
 
