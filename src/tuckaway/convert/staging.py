@@ -118,7 +118,7 @@ class Staging:
         try:
             good = checksum_of(self.folder / name) == (record.nbytes, record.checksum)
         except CheckpointError as error:
-            _log.warning("%s is made again: %s", name, error)
+            _log.warning("%s is made again: %s", name, error.what)
             return False
         if not good:
             _log.warning("%s is made again: its bytes differ from their checksum", name)
