@@ -7,11 +7,13 @@ from tuckaway.paging.hooks import PageHook
 from tuckaway.paging.materialize import detach, is_paged, materialize, offloaded_tensor
 from tuckaway.paging.page import PageLayout
 from tuckaway.paging.state import Paging, paging_of
+from tuckaway.paging.step import CapturedStep
 from tuckaway.paging.store import Store
 from tuckaway.paging.units import PagePlan, PageUnit, plan_pages
 
 __all__ = [
     "Arena",
+    "CapturedStep",
     "PageHomes",
     "PageHook",
     "PageLayout",

@@ -12,7 +12,7 @@ with the graph.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -23,7 +23,28 @@ from tuckaway.paging.slots import Slot
 if TYPE_CHECKING:
     from tuckaway.paging.pager import Pager
 
-__all__ = ["Scope"]
+__all__ = ["Recorder", "Scope", "Turns"]
+
+
+class Turns(Protocol):
+    """What a turn in a graph is handed back to."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether no page is in its turn."""
+
+    def leave(self, slot: Slot) -> None:
+        """End a turn."""
+
+
+class Recorder(Turns, Protocol):
+    """Who captures a forward in several graphs, cut where a page must be brought in from outside."""
+
+    def cut(self, page: Page) -> Slot:
+        """Begin the next graph; the page will be in the slot that is returned before it runs."""
+
+    def forget(self, page: Page) -> None:
+        """The page's home changed."""
 
 
 class Scope:
@@ -32,13 +53,11 @@ class Scope:
     Args:
         pager: whose pages; it foresees what comes next.
         stream: the side stream; nothing else may use it meanwhile.
-        before: index of the page that came before this forward, None if not known.
     """
 
-    def __init__(self, pager: Pager, stream: Any, before: int | None) -> None:
+    def __init__(self, pager: Pager, stream: Any) -> None:
         self.pager = pager
         self.stream = stream
-        self._seen = before
         self._slots: list[Slot] = []
         self._users: dict[int, int] = {}
         self._at: dict[int, Slot] = {}
@@ -84,10 +103,9 @@ class Scope:
         return torch.accelerator.current_stream(self.pager.device).record_event()
 
     def _look_ahead(self, page: Page) -> None:
-        last, here = self._seen, page
-        self._seen = page.unit.index
+        last, here = self.pager.order.note(page), page
         for _ in range(self.pager.slots.count - 1):
-            guess = self.pager.foresee(last, here)
+            guess = self.pager.order.foresee(last, here)
             if guess is None or guess.gone or self.pager.homes.pinned(guess.unit) is None:
                 return
             if guess.unit.index not in self._at:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 
 from tuckaway.errors import PagingError
 from tuckaway.paging.binding import Page
-from tuckaway.paging.capture import Scope
+from tuckaway.paging.capture import Recorder, Scope, Turns
 from tuckaway.paging.homes import PageHomes
+from tuckaway.paging.order import Order
 from tuckaway.paging.slots import Slot, Slots, device_memory
 from tuckaway.paging.transfer import Transfer
 
@@ -36,7 +38,7 @@ class Turn:
 
     __slots__ = ("page", "scope", "slot")
 
-    def __init__(self, page: Page, slot: Slot | None, scope: Scope | None = None) -> None:
+    def __init__(self, page: Page, slot: Slot | None, scope: Turns | None = None) -> None:
         self.page = page
         self.slot = slot
         self.scope = scope
@@ -60,8 +62,8 @@ class Pager:
         self.homes = homes
         self.transfer = Transfer(homes, device)
         turning = [page for page in pages if not page.unit.outer]
-        self._order = {page.unit.index: number for number, page in enumerate(turning)}
-        self._turning = turning
+        self.order = Order(turning)
+        self._cycle = len(turning)
         largest = max((page.unit.layout.nbytes for page in turning), default=0)
         self.slots = Slots(max(min(slots, len(turning)), 1), largest, device)
         self._own_slots: dict[int, Slot] = {}
@@ -69,30 +71,37 @@ class Pager:
         self._graph_stream: Any = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._lock = threading.RLock()
         self._ticks = 0
-        self._history = threading.local()
+        self._local = threading.local()
         self._pid = os.getpid()
-        self._next: dict[int, Page] = {
-            page.unit.index: turning[(number + 1) % len(turning)] for number, page in enumerate(turning)
-        }
-        self._after: dict[tuple[int, int], Page] = {}
-        self._ends: set[tuple[int | None, int]] = set()
+        self.steps: weakref.WeakSet[Any] = weakref.WeakSet()
 
     # A forward of the whole model
 
-    def begin_forward(self) -> None:
-        """Note that a forward of the whole model begins in this thread."""
-        self._history.scope = None
-        self._history.inside = True
-        self._history.first = True
+    def begin_forward(self, owner: object = None, *, recorder: Recorder | None = None) -> None:
+        """Note that a forward of the whole model begins in this thread.
 
-    def end_forward(self) -> None:
+        Args:
+            owner: who says when it ends, if not the model's own hook.
+            recorder: captures it in several graphs.
+        """
+        local = self._local
+        if owner is None and getattr(local, "owner", None) is not None:
+            return
+        local.scope, local.recorder, local.owner, local.inside = None, recorder, owner, True
+        self.order.begin()
+
+    def end_forward(self, owner: object = None) -> None:
         """Note that it ended: what follows its last page is another forward, perhaps another graph."""
-        history = self._history
-        history.inside = False
-        pages = getattr(history, "pages", None)
-        if pages is not None and not history.first:
-            self._ends.add(pages)
-        scope, history.scope = getattr(history, "scope", None), None
+        local = self._local
+        if getattr(local, "owner", None) is not owner:
+            return
+        local.inside, local.owner, local.recorder = False, None, None
+        self.order.end()
+        self._close_scope()
+
+    def _close_scope(self) -> None:
+        scope: Scope | None = getattr(self._local, "scope", None)
+        self._local.scope = None
         if scope is not None:
             scope.close()
 
@@ -235,7 +244,7 @@ class Pager:
             return 0, 0
         # in a cycle the page used last is needed last; one not used for two cycles has left the cycle
         age = self._ticks - slot.tick
-        left = slot.tick == _WRONG or age > 2 * len(self._turning)
+        left = slot.tick == _WRONG or age > 2 * self._cycle
         return (2, age) if left else (1, slot.tick)
 
     def _own_slot(self, page: Page) -> Slot:
@@ -256,20 +265,10 @@ class Pager:
     # What comes next
 
     def _look_ahead(self, page: Page) -> None:
-        history = self._history
-        before = getattr(history, "pages", (None, None))
-        if before[1] is not None:
-            self._next[before[1]] = page
-            if before[0] is not None:
-                self._after[before[0], before[1]] = page
-            if not getattr(history, "first", False):
-                self._ends.discard(before)
-        history.pages = (before[1], page.unit.index)
-        history.first = False
-        last, here = before[1], page
+        last, here = self.order.note(page), page
         sooner: list[Page] = []
         for _ in range(len(self.slots.all)):
-            guess = self._guess(last, here)
+            guess = self.order.guess(last, here)
             last, here = here.unit.index, guess
             if guess.gone:
                 return
@@ -280,28 +279,14 @@ class Pager:
                 return
             sooner.append(guess)
 
-    def _guess(self, last: int | None, here: Page) -> Page:
-        index = here.unit.index
-        return self._next[index] if last is None else self._after.get((last, index), self._next[index])
-
-    def foresee(self, last: int | None, here: Page) -> Page | None:
-        """Return what is expected after ``here`` in the same forward, when ``last`` came before it."""
-        return None if (last, here.unit.index) in self._ends else self._guess(last, here)
-
     # Graph capture
 
     def _capture(self, page: Page, *, own: bool) -> Turn:
         """Bind the page in a slot that only this graph uses, filled by a copy that is part of the graph."""
-        history = self._history
         with self._lock:
             if page.turns and not page.captured:
                 raise _refuse_capture(page)
-            scope: Scope | None = getattr(history, "scope", None)
-            if scope is None:
-                before = getattr(history, "pages", (None, None))[1]
-                scope = history.scope = Scope(self, self._graph_stream, before)
-            slot = scope.bring_in(page)
-            turn = Turn(page, slot, scope)
+            slot, turns = self._slot_in_graph(page)
             if own:
                 buffer = device_memory(page.unit.layout.nbytes, self.device)
                 buffer.copy_(slot.buffer[: buffer.numel()])
@@ -311,15 +296,27 @@ class Pager:
                 self._bind(page, self._built(page, slot))
             page.turns += 1
             page.captured = True
-            return turn
+            return Turn(page, slot, turns)
 
-    def _leave_capture(self, turn: Turn, scope: Scope) -> None:
+    def _slot_in_graph(self, page: Page) -> tuple[Slot, Turns]:
+        local = self._local
+        recorder: Recorder | None = getattr(local, "recorder", None)
+        if recorder is not None and self.homes.pinned(page.unit) is None:
+            self._close_scope()
+            if not page.unit.outer:
+                self.order.note(page)
+            return recorder.cut(page), recorder
+        scope: Scope | None = getattr(local, "scope", None)
+        if scope is None:
+            scope = local.scope = Scope(self, self._graph_stream)
+        return scope.bring_in(page), scope
+
+    def _leave_capture(self, turn: Turn, turns: Turns) -> None:
         assert turn.slot is not None
-        scope.leave(turn.slot)
+        turns.leave(turn.slot)
         # without a forward of the whole model around it nobody else will say when to join
-        if not getattr(self._history, "inside", False) and scope.idle:
-            self._history.scope = None
-            scope.close()
+        if not getattr(self._local, "inside", False) and turns.idle:
+            self._close_scope()
 
     # Ending
 
@@ -328,6 +325,13 @@ class Pager:
         """Bytes on the execution device now, without the slots in graphs."""
         own = sum(slot.buffer.numel() for slot in self._own_slots.values())
         return self.slots.allocated_nbytes + own
+
+    def settle(self) -> None:
+        """Wait for all that is read from disk."""
+        with self._lock:
+            for slot in (*self.slots.all, *self._own_slots.values()):
+                if slot.fill is not None:
+                    slot.fill.settle()
 
     def forget(self, page: Page) -> None:
         """Bring a page in anew at its next turn, because its home changed.
@@ -338,6 +342,8 @@ class Pager:
         with self._lock:
             if page.users:
                 raise PagingError(f"the page {page.unit.name!r} is in use by a forward")
+            for step in self.steps:
+                step.forget(page)
             slot = page.slot
             if slot is not None:
                 if slot.fill is not None:
