@@ -9,8 +9,8 @@ import torch
 
 from paging_models import Block, Net, make, page, quantize_linears, specs_of, tokens
 from tuckaway.config import QuantizationConfig
-from tuckaway.errors import PagingError
-from tuckaway.paging import PageHomes, materialize, paging_of, plan_pages
+from tuckaway.errors import PagingError, StoreError
+from tuckaway.paging import CapturedStep, PageHomes, materialize, paging_of, plan_pages
 from tuckaway.paging import arena as arena_module
 from tuckaway.tensor import QuantizedTensor
 
@@ -242,18 +242,197 @@ def test_a_forward_is_captured_in_a_graph(tmp_path):
             assert torch.equal(eager, want)
 
 
-def test_disk_pages_are_not_captured(tmp_path):
+ORDERS = [None, [7, 6, 5, 4, 3, 2, 1, 0], [0, 0, 3, 0], [2, 5], [1]]
+
+
+def captured(run):
+    graph = torch.cuda.CUDAGraph()
+    torch.accelerator.synchronize()
+    with torch.cuda.graph(graph):
+        out = run()
+    return graph, out
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_graphs_of_any_order_replayed_in_turn(tmp_path, slots):
+    """Each has slots of its own and brings everything in itself, whatever ran before it."""
+    resident, model = build("nf4"), paged(tmp_path, MAPS["cpu"], "nf4", slots=slots)
+    x = tokens().to("cuda")
+    graphs = []
+    with torch.no_grad():
+        for order in ORDERS:
+            model.order = order
+            for _ in range(2):
+                model(x)
+            graphs.append((*captured(lambda: model(x)), order))
+        for seed in range(6):
+            x.copy_(tokens(seed).to("cuda"))
+            for graph, out, order in graphs:
+                resident.order = model.order = order
+                graph.replay()
+                eager, want = model(x), resident(x)
+                assert torch.equal(out, want), order
+                assert torch.equal(eager, want), order
+
+
+def test_a_forward_that_was_never_run_is_captured(tmp_path):
+    """Nothing is known of its order: the guess is the model's own."""
+    resident, model, x = build(), paged(tmp_path, MAPS["cpu"]), tokens().to("cuda")
+    resident.to("cuda")
+    with torch.no_grad():
+        want = resident(x)  # brings up cuBLAS
+        model.order = resident.order = [3, 1, 4]
+        graph, out = captured(lambda: model(x))
+        graph.replay()
+        assert torch.equal(out, resident(x))
+        assert not torch.equal(out, want)
+
+
+def test_blocks_are_captured_without_the_model_around_them(tmp_path):
+    resident, model = build("nf4"), paged(tmp_path, MAPS["cpu"], "nf4")
+    x = torch.randn(4, WIDTH, device="cuda", dtype=torch.bfloat16)
+
+    def blocks(of):
+        y = x
+        for block in of.blocks:
+            y = block(y)
+        return y
+
+    with torch.no_grad():
+        blocks(model)
+        graph, out = captured(lambda: blocks(model))
+        for _ in range(3):
+            x.normal_()
+            graph.replay()
+            assert torch.equal(out, blocks(resident))
+
+
+def test_gradients_are_captured(tmp_path):
+    resident, model = build("nf4"), paged(tmp_path, MAPS["cpu"], "nf4")
+    x = torch.ones(4, WIDTH, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def gradient(of):
+        y = x
+        for block in of.blocks:
+            y = block(y)
+        return torch.autograd.grad(y.float().square().sum(), x)[0]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            gradient(model)
+            gradient(resident)
+    torch.accelerator.synchronize()
+    graph, out = captured(lambda: gradient(model))
+    for _ in range(3):
+        with torch.no_grad():
+            x.normal_()
+        graph.replay()
+        assert torch.equal(out, gradient(resident))
+
+
+def test_a_compiled_paged_model_is_captured(tmp_path):
+    resident, model = build("nf4"), paged(tmp_path, MAPS["cpu"], "nf4")
+    compiled, x = torch.compile(model, backend="aot_eager"), tokens().to("cuda")
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(compiled(x), resident(x))
+        graph, out = captured(lambda: compiled(x))
+        for seed in range(3):
+            x.copy_(tokens(seed).to("cuda"))
+            graph.replay()
+            assert torch.equal(out, resident(x))
+
+
+def test_disk_pages_are_not_captured_in_one_graph(tmp_path):
     model, x = paged(tmp_path, MAPS["disk"]), tokens().to("cuda")
     with torch.no_grad():
         model(x)
-        for slot in paging_of(model).pager.slots.all:  # what is read ahead would disturb any capture
-            paging_of(model).pager.transfer.wait(slot)
+        paging_of(model).pager.settle()  # what is read ahead would disturb any capture
         torch.accelerator.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with pytest.raises(PagingError, match="cannot be captured"), torch.cuda.graph(graph):
+        with pytest.raises(PagingError, match="CapturedStep"), torch.cuda.graph(graph):
             model(x)
         torch.accelerator.synchronize()
         assert torch.isfinite(model(x).float()).all()
+
+
+def test_disk_pages_that_stay_in_memory_are_captured(tmp_path):
+    resident, x = build("nf4"), tokens().to("cuda")
+    model = paged(tmp_path, MAPS["disk"], "nf4", disk_cache_bytes=2**30)
+    with torch.no_grad():
+        for _ in range(2):
+            model(x)
+        paging_of(model).pager.settle()
+        graph, out = captured(lambda: model(x))
+        for seed in range(3):
+            x.copy_(tokens(seed).to("cuda"))
+            graph.replay()
+            assert torch.equal(out, resident(x))
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+@pytest.mark.parametrize("format", [None, "nf4"])
+def test_a_captured_step(tmp_path, device_map, format, slots):
+    resident, model = build(format).to("cuda"), paged(tmp_path, device_map, format, slots=slots)
+    x = tokens().to("cuda")
+    with torch.no_grad():
+        for order in ORDERS:
+            resident.order = model.order = order
+            step = CapturedStep(model, lambda: model(x))
+            for seed in range(8):
+                x.copy_(tokens(seed).to("cuda"))
+                out, want = step(), resident(x)
+                if seed % 3 == 2:
+                    assert torch.equal(model(x), want), order
+                assert torch.equal(out, want), (order, seed)
+
+
+def test_a_captured_step_sees_a_weight_that_was_replaced(tmp_path, device_map):
+    resident, model = build().to("cuda"), paged(tmp_path, device_map)
+    x = tokens().to("cuda")
+    with torch.no_grad():
+        step = CapturedStep(model, lambda: model(x))
+        assert torch.equal(step(), resident(x))
+        resident.blocks[1].up.weight.mul_(2)
+        paging_of(model).pager.settle()
+        paging_of(model).write("blocks.1.up.weight", resident.blocks[1].up.weight)
+        for _ in range(2):
+            assert torch.equal(step(), resident(x))
+
+
+def test_a_step_that_cannot_be_captured_leaves_the_model_usable(tmp_path, device_map):
+    resident, model = build().to("cuda"), paged(tmp_path, device_map)
+    x = tokens().to("cuda")
+    capturing = torch.cuda.is_current_stream_capturing
+
+    def step():
+        out = model(x)
+        if capturing():
+            raise KeyError("in the step")
+        return out
+
+    with torch.no_grad():
+        with pytest.raises(KeyError, match="in the step"):
+            CapturedStep(model, step)
+        torch.accelerator.synchronize()
+        assert torch.equal(model(x), resident(x))
+        assert torch.equal(CapturedStep(model, lambda: model(x))(), resident(x))
+
+
+def test_a_page_that_cannot_be_read_is_read_again_at_the_next_step(tmp_path, monkeypatch):
+    resident, model = build().to("cuda"), paged(tmp_path, MAPS["disk"])
+    x = tokens().to("cuda")
+    with torch.no_grad():
+        step = CapturedStep(model, lambda: model(x))
+        step()
+        reader = paging_of(model).homes.store.reader
+        monkeypatch.setattr(reader, "read", lambda *_: (_ for _ in ()).throw(StoreError("lost")))
+        with pytest.raises(StoreError, match="lost"):
+            [step() for _ in range(3)]
+        monkeypatch.undo()
+        for _ in range(2):
+            assert torch.equal(step(), resident(x))
 
 
 @pytest.mark.skipif(torch.accelerator.device_count() < 2, reason="needs two accelerators")

@@ -11,7 +11,7 @@ import torch
 
 import tuckaway
 from loading import FORMATS, FP32, assert_same_state, net, refused, tokens
-from tuckaway.errors import PlanError
+from tuckaway.errors import ConfigError, PlanError
 
 
 def quantized(format: str | None) -> Any:
@@ -65,3 +65,20 @@ def test_a_resident_model_is_an_ordinary_one() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert_same_state(copy.deepcopy(model), model)
     assert model.to(torch.bfloat16).layers[0].up.weight.dtype == torch.bfloat16
+
+
+def test_more_slots_and_disk_pages_that_stay_in_memory(tmp_path: Path) -> None:
+    source = quantized("nf4")
+    with torch.no_grad():
+        expected = source(tokens())
+        model = tuckaway.dispatch_model(
+            source, {"": "disk"}, offload_dir=tmp_path, slots=3, disk_cache_bytes="1MB"
+        )
+        for _ in range(3):
+            assert torch.equal(model(tokens()), expected)
+    paging = model._tuckaway_paging
+    assert paging.pager.slots.count == 3
+    assert all(paging.homes.in_memory(page.unit) is not None for page in paging.pages)
+    tuckaway.materialize(model)
+    with refused(ConfigError, "slots must be at least 1", model, tmp_path):
+        tuckaway.dispatch_model(model, {"": "disk"}, offload_dir=tmp_path, slots=0)

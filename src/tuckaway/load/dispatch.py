@@ -24,6 +24,9 @@ def dispatch_model(
     offload_buffers: bool = False,
     skip_keys: str | Sequence[str] | None = None,
     no_split_module_classes: Sequence[str] | None = None,
+    *,
+    slots: int | None = None,
+    disk_cache_bytes: int | str = 0,
 ) -> nn.Module:
     """Place the blocks of a loaded model over GPU, CPU and disk.
 
@@ -35,6 +38,8 @@ def dispatch_model(
         offload_buffers: page the buffers of offloaded blocks too.
         skip_keys: keyword arguments that are not moved between devices.
         no_split_module_classes: class names of modules that are paged whole.
+        slots: blocks on the executing device at once; ``None``: what a plan says, or two.
+        disk_cache_bytes: host memory that a fixed part of the blocks on disk stays in once it was read.
 
     Returns:
         The same model, with ``hf_device_map``.
@@ -56,6 +61,8 @@ def dispatch_model(
         skip_keys=skip_keys,
         strict=True,
         progress=False,
+        slots=slots,
+        disk_cache_bytes=disk_cache_bytes,
     )
 
 

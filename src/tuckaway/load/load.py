@@ -35,6 +35,7 @@ from tuckaway.plan import (
     resolve_device_map,
     tied_groups,
 )
+from tuckaway.plan.memory import parse_bytes
 from tuckaway.tensor import TensorSpec, components_of
 
 __all__ = ["load_and_quantize_model", "load_checkpoint_and_dispatch", "run"]
@@ -66,6 +67,8 @@ def load_and_quantize_model(
     strict: bool = True,
     allow_pickle: bool = True,
     revision: str | None = None,
+    slots: int | None = None,
+    disk_cache_bytes: int | str = 0,
     progress: bool | None = None,
 ) -> nn.Module:
     """Load a checkpoint into a model, quantizing its weights on the way, wherever they are placed.
@@ -94,6 +97,9 @@ def load_and_quantize_model(
         strict: refuse a checkpoint with tensors the model has no place for.
         allow_pickle: read ``pytorch_model.bin`` files (always with ``weights_only``).
         revision: branch, tag or commit of a Hub id.
+        slots: blocks on the executing device at once. ``None``: what a plan says, or two, which let the next block
+            come while one computes; each more, of the largest block's size, lets another one stay, or come, earlier.
+        disk_cache_bytes: host memory (``"8GB"``) that a fixed part of the blocks on disk stays in once it was read.
         progress: show a bar; ``None``: when standard error is a terminal.
 
     Returns:
@@ -140,6 +146,8 @@ def load_and_quantize_model(
         offload_buffers=offload_buffers,
         skip_keys=skip_keys,
         strict=strict,
+        slots=slots,
+        disk_cache_bytes=disk_cache_bytes,
         progress=progress,
         # a pattern of ours that matches nothing is a mistake; others' configs name modules of many models
         own_config=isinstance(given, QuantizationConfig),
@@ -162,6 +170,8 @@ def load_checkpoint_and_dispatch(
     strict: bool = False,
     *,
     main_device: int | str | torch.device | None = None,
+    slots: int | None = None,
+    disk_cache_bytes: int | str = 0,
     progress: bool | None = None,
 ) -> nn.Module:
     """Load a checkpoint into a model as it is, unquantized, and place it over GPU, CPU and disk.
@@ -184,6 +194,8 @@ def load_checkpoint_and_dispatch(
         force_hooks: accepted.
         strict: refuse a checkpoint with tensors the model has no place for; missing ones are always refused.
         main_device: as there.
+        slots: as there.
+        disk_cache_bytes: as there.
         progress: as there.
 
     Raises:
@@ -203,6 +215,8 @@ def load_checkpoint_and_dispatch(
         offload_buffers=offload_buffers,
         skip_keys=skip_keys,
         strict=strict,
+        slots=slots,
+        disk_cache_bytes=disk_cache_bytes,
         progress=progress,
     )
 
@@ -236,11 +250,14 @@ def run(
     progress: bool | None,
     dtype: torch.dtype | str | None = None,
     own_config: bool = True,
+    slots: int | None = None,
+    disk_cache_bytes: int | str = 0,
 ) -> nn.Module:
     """Do the whole job; ``checkpoint=None`` takes the weights that the model has. The public functions call this."""
-    slots, planned = 2, device_map if isinstance(device_map, Plan) else None
+    planned = device_map if isinstance(device_map, Plan) else None
     if isinstance(device_map, Plan):
-        slots, no_split_module_classes = device_map.slots, device_map.no_split_module_classes
+        slots = device_map.slots if slots is None else slots
+        no_split_module_classes = device_map.no_split_module_classes
         offload_buffers = device_map.offload_buffers
         main_device = device_map.execution_device if main_device is None else main_device
         device_map = device_map.device_map
@@ -251,6 +268,10 @@ def run(
         raise PagingError(
             "the model is paged already", hint="bring it back first: tuckaway.materialize(model)"
         )
+    slots = 2 if slots is None else slots
+    if slots < 1:
+        raise ConfigError(f"slots must be at least 1, not {slots}")
+    disk_cache_bytes = parse_bytes(disk_cache_bytes)
     wanted, reasons = choose_specs(model, config, dtype=dtype, strict=own_config)
     groups = tied_groups(model)
     match = _match(model, checkpoint, wanted, groups, config, strict=strict)
@@ -290,16 +311,20 @@ def run(
     check_copies(match, piece_bytes=PIECE_BYTES)
     message = None
     try:
-        _carry_out(
-            model,
-            checkpoint,
-            match,
-            plan,
-            offload_folder,
-            slots=slots,
-            skip_keys=skip_keys,
-            progress=progress,
-        )
+        with ExitStack() as undo:
+            homes = None
+            if plan.pages:
+                homes = PageHomes.create(
+                    plan,
+                    offload_folder=offload_folder,
+                    fingerprint=_fingerprint(checkpoint, _kept_on_disk(model, match, plan)),
+                    disk_cache_bytes=disk_cache_bytes,
+                )
+                undo.callback(homes.abort)
+            _carry_out(
+                model, checkpoint, match, plan, homes, skip_keys=skip_keys, slots=slots, progress=progress
+            )
+            undo.pop_all()
     except (MemoryError, RuntimeError, OSError) as error:
         if not _means_out_of_memory(error):
             raise
@@ -334,7 +359,7 @@ def _carry_out(
     checkpoint: Checkpoint | None,
     match: Match,
     plan: PagePlan,
-    offload_folder: str | Path | None,
+    homes: PageHomes | None,
     *,
     slots: int,
     skip_keys: str | Sequence[str] | None,
@@ -342,11 +367,6 @@ def _carry_out(
 ) -> None:
     """Read and bind; whatever fails, nothing has happened."""
     with ExitStack() as undo:
-        homes = None
-        if plan.pages:
-            fingerprint = _fingerprint(checkpoint, _kept_on_disk(model, match, plan))
-            homes = PageHomes.create(plan, offload_folder=offload_folder, fingerprint=fingerprint)
-            undo.callback(homes.abort)
         resident = _read(model, checkpoint, match, plan, homes, progress=progress)
         if homes is not None:
             homes.commit()

@@ -113,9 +113,12 @@ class CapturedStep:
             return
         pager, homes = self._paging.pager, self._paging.homes
         pager.settle()
-        if any(not page.gone and homes.pinned(page.unit) is None for page in pager.pages):
-            for _ in range(self._count):
-                self._add(pager.slots.nbytes)
+        outside = [page.unit for page in pager.pages if not page.gone and homes.pinned(page.unit) is None]
+        for unit in outside:
+            if unit.outer:
+                self._add(unit.layout.nbytes)
+        for _ in range(min(self._count, sum(not unit.outer for unit in outside))):
+            self._add(pager.slots.nbytes)
         pager.steps.add(self)
 
     def _add(self, nbytes: int) -> Slot:
@@ -170,15 +173,16 @@ class CapturedStep:
     def _claim(self, page: Page) -> Slot:
         nbytes = page.unit.layout.nbytes
         free = [s for s in self._slots if self._turning[s.index] == 0 and s.buffer.numel() >= nbytes]
-        slot = min(free, key=self._left_at, default=None)
+        slot = next((s for s in free if s.page is page), None) or min(free, key=self._left_at, default=None)
         if slot is None:
             with torch.cuda.stream(torch.cuda.default_stream(self._device)):  # not of the graphs' memory
                 slot = self._add(nbytes)
         slot.page = page
         return slot
 
-    def _left_at(self, slot: Slot) -> int:
-        return next((piece.until for piece in reversed(self._pieces) if piece.slot is slot), -1)
+    def _left_at(self, slot: Slot) -> tuple[int, int]:
+        last = next((piece.until for piece in reversed(self._pieces) if piece.slot is slot), -1)
+        return last, slot.buffer.numel()
 
     def leave(self, slot: Slot) -> None:
         """A turn of the slot's page ended: pieces to come do not read it."""
