@@ -63,6 +63,10 @@ def test_looking_at_a_weight(models: tuple[nn.Module, nn.Module]) -> None:
         assert torch.equal(away.cpu() + 0, here + 0)
         assert away.to("meta").is_meta
     weight = paged.first.weight
+    for view in (weight.T, weight.mT, weight.data.t(), weight.detach().t()):
+        assert torch.equal(view @ torch.eye(64), resident.first.weight.t() @ torch.eye(64))
+    assert weight.detach().is_meta
+    assert weight.type() == "torch.meta.FloatTensor"
     assert torch.equal(weight.dequantize(), resident.first.weight.dequantize())
 
 
@@ -74,6 +78,8 @@ def test_looking_at_a_weight(models: tuple[nn.Module, nn.Module]) -> None:
         lambda p: nn.init.zeros_(p),
         lambda p: p.__setitem__(0, 1.0),
         lambda p: p.__imul__(2),
+        lambda p: p.data.mul_(2),
+        lambda p: p.detach().zero_(),
     ],
 )
 def test_writing_would_be_lost(models: tuple[nn.Module, nn.Module], write: Any) -> None:

@@ -35,11 +35,10 @@ def with_weights(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
     model = build()
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.is_floating_point():
+            if not parameter.is_floating_point() or parameter.numel() < 2:
                 continue
             fan_in = max(parameter.shape[-1] if parameter.dim() > 1 else 1, 1)
-            flat = parameter.numel() > 0 and not parameter.isfinite().all()
-            if flat or (parameter.dim() > 1 and parameter.std() < 0.03):
+            if not parameter.isfinite().all() or (parameter.dim() > 1 and parameter.std() < 0.03):
                 parameter.normal_(0, min(0.5 / fan_in**0.5, 0.1))
             elif parameter.dim() == 1 and not parameter.any():
                 parameter.normal_(0, 0.02)

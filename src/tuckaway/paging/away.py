@@ -30,11 +30,12 @@ _ABOUT = frozenset((
     "__get__", "__set__", "__delete__", "__hash__", "__repr__", "__format__", "__len__", "size", "dim",
     "ndimension", "numel", "nelement", "stride", "element_size", "get_device", "storage_offset",
     "untyped_storage", "data_ptr", "detach", "alias", "requires_grad_", "register_hook",
-    "register_post_accumulate_grad_hook", "share_memory_", "has_names", "type", "_is_view", "backward"
+    "register_post_accumulate_grad_hook", "share_memory_", "has_names", "_is_view", "backward"
 ))  # fmt: skip
 """Calls that ask a tensor about itself and need none of its values."""
 
 _DEVICE = torch.Tensor.device.__get__
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _WRITES = frozenset(
     ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__")
 )
@@ -49,16 +50,22 @@ def placeholder(paging: Paging, name: str, spec: TensorSpec) -> torch.Tensor:
         spec: its form.
     """
     with torch.inference_mode(False), torch.no_grad():
-        made = spec.build(spec.empty("meta"))
-        away: Any
-        if isinstance(made, QuantizedTensor):
-            away = _AwayQuantized(made, dtype=spec.dtype)
+        away = _wrap(spec.build(spec.empty("meta")), _AwayBuffer if spec.is_buffer else _AwayParameter, None)
+        if isinstance(away, QuantizedTensor):
             away._is_param = not spec.is_buffer
-        else:
-            kind = _AwayBuffer if spec.is_buffer else _AwayParameter
-            away = torch.Tensor._make_subclass(kind, made.detach(), made.requires_grad)
         away._home = (ref(paging), name)
     return away  # type: ignore[no-any-return]
+
+
+def _wrap(meta: torch.Tensor, kind: type[torch.Tensor], home: Any) -> Any:
+    away: Any
+    if isinstance(meta, QuantizedTensor):
+        away = _AwayQuantized(meta, dtype=meta.dtype)
+    else:
+        with torch._C.DisableTorchFunctionSubclass():
+            away = torch.Tensor._make_subclass(kind, meta.detach(), meta.requires_grad)
+    away._home = home
+    return away
 
 
 class _Away(torch.Tensor):
@@ -76,16 +83,22 @@ class _Away(torch.Tensor):
     ) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
-        if name == "__get__" and func == _DEVICE and isinstance(args[0], _Away):
-            paging = args[0]._home[0]()
+        first = args[0] if args else None
+        if func == _DEVICE and isinstance(first, _Away):
+            paging = first._home[0]()
             if paging is not None and paging.running:
                 return paging.plan.execution_device
         if name in _ABOUT or name.startswith("is_") or _stays_away(name, args, kwargs):
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        if args and isinstance(args[0], _Away) and (name in _WRITES or _writes(name)):
+                result = func(*args, **kwargs)
+            if result is first or not isinstance(result, torch.Tensor):
+                return result
+            if isinstance(first, _Away) and (name == "detach" or func == _DATA):
+                return _wrap(result, _AwayBuffer, first._home)
+            # a view (weight.T): of nothing, unless the bytes are there
+        if isinstance(first, _Away) and (name in _WRITES or _writes(name)):
             raise PagingError(
-                f"{args[0]._home[1]!r} is paged out and cannot be written to ({name})",
+                f"{first._home[1]!r} is paged out and cannot be written to ({name})",
                 hint="bring the model back first: tuckaway.materialize(model)",
             )
         fetched: dict[int, torch.Tensor] = {}
@@ -118,6 +131,8 @@ class _AwayQuantized(_Away, QuantizedTensor):
 def _stays_away(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Tell ``.to("meta")`` from a move to where values are."""
     asked = [*args[1:], *kwargs.values()]
+    if name == "type":
+        return not asked
     return name == "to" and any(str(value) == "meta" for value in asked)
 
 

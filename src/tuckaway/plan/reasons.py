@@ -94,7 +94,8 @@ def _better_not(module: nn.Module, own: str, tensor: torch.Tensor, config: Quant
         return "a norm"
     if tensor.shape[0] == 1 or tensor.numel() == max(tensor.shape):
         return "a broadcast vector"
-    if not (isinstance(module, _MATRICES) or is_stored_transposed(module)):
+    known = isinstance(module, _MATRICES) or is_stored_transposed(module)
+    if not (known and ("weight" in own or own.startswith("original"))):
         found = _hand_written(module, own, tensor)
         if found is not None:
             return found
