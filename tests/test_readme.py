@@ -1,7 +1,7 @@
 """The code of the README and of every page of the docs runs, word for word.
 
-But for models' names: where a page names a model on the Hub, a tiny one in a folder stands in. A block of text after the
-comment ``<!-- printed -->`` is what the code before it prints.
+But for models' names: where a page names a model on the Hub, a tiny one in a folder stands in. A block of text after
+the comment ``<!-- printed -->`` is what the page's code prints.
 """
 
 from __future__ import annotations
