@@ -12,11 +12,12 @@ from typing import Annotated
 import typer
 
 import tuckaway
-from tuckaway.cli import bench, demo, run
+from tuckaway.cli import bench, demo, plan, run
 
 __all__ = ["COMMANDS", "app"]
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "plan": plan.command,
     "run": run.command,
     "bench": bench.command,
     "demo": demo.command,

@@ -37,9 +37,9 @@ __all__ = [
     "OffloadFolderOption",
     "RevisionOption",
     "Size",
-    "SizeOption",
     "parse_device_map",
     "parse_max_memory",
+    "usage",
 ]
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", "cpu")
@@ -70,8 +70,11 @@ class DeviceMap:
     value: str | dict[str, int | str]
 
 
-class Size(int):
-    """A number of bytes, written as ``5GB`` or ``500MiB``."""
+@dataclass(frozen=True)
+class Size:
+    """A number of bytes, written as ``5GB`` or ``500MiB``. No ``int``: typer would parse one its own way."""
+
+    nbytes: int
 
 
 def parse_max_memory(text: str) -> MaxMemory:
@@ -130,7 +133,7 @@ def _place(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
 
-def _usage(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+def usage(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     """Return ``parse`` with its errors as usage errors, which name the option and end with status 2."""
 
     def parsed(text: Any) -> Any:
@@ -151,7 +154,7 @@ DTypeOption = Annotated[
     str | None,
     typer.Option(
         "--dtype",
-        parser=_usage(lambda text: str(as_dtype(text, "--dtype")).removeprefix("torch.")),
+        parser=usage(lambda text: str(as_dtype(text, "--dtype")).removeprefix("torch.")),
         metavar="DTYPE",
         help="What products are computed in: bf16, fp16 or fp32. Left out: bf16 on a GPU, fp32 on a CPU.",
     ),
@@ -160,7 +163,7 @@ DeviceMapOption = Annotated[
     DeviceMap | None,
     typer.Option(
         "--device-map",
-        parser=_usage(parse_device_map),
+        parser=usage(parse_device_map),
         metavar="MAP",
         help="auto (the default), balanced, balanced_low_0, sequential, cpu, disk; "
         "pairs 'model.embed_tokens=0,model.layers=cpu'; or a JSON file of places by module.",
@@ -170,7 +173,7 @@ MaxMemoryOption = Annotated[
     MaxMemory | None,
     typer.Option(
         "--max-memory",
-        parser=_usage(parse_max_memory),
+        parser=usage(parse_max_memory),
         metavar="SIZES",
         help="Memory that weights may take, by device: '0=10GB,cpu=20GB'. What does not fit goes to disk. "
         "Left out, what is free.",
@@ -187,7 +190,6 @@ OffloadFolderOption = Annotated[
 RevisionOption = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the Hub.")
 ]
-SizeOption = typer.Option(parser=_usage(lambda text: Size(parse_bytes(text))), metavar="SIZE")
 JsonOption = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON object on standard output, and nothing else there."),

@@ -42,12 +42,15 @@ class Screen:
         self.console.print(Text(text), end="", soft_wrap=True)
         self.console.file.flush()
 
-    def table(self, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table whose last column is right-aligned."""
+    def table(
+        self, title: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, right: int = -1
+    ) -> None:
+        """Print a table whose columns from ``right`` on are right-aligned: the last one, left out."""
+        right %= len(head)
         if self.console.is_terminal:
             table = Table(title=title, title_justify="left", title_style="bold")
             for i, name in enumerate(head):
-                table.add_column(name, justify="right" if i == len(head) - 1 else "left", overflow="fold")
+                table.add_column(name, justify="right" if i >= right else "left", overflow="fold")
             for row in rows:
                 table.add_row(*map(Text, row))
             self.console.print(table)
@@ -55,8 +58,11 @@ class Screen:
         self.line(title)
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         for row in [head, *rows]:
-            cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
-            self.line("  " + "  ".join([*cells, row[-1].rjust(widths[-1])]))
+            cells = [
+                cell.rjust(width) if i >= right else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            self.line("  " + "  ".join(cells))
 
 
 def name_runs(names: Sequence[str]) -> str:

@@ -17,16 +17,22 @@ import torch
 
 from tuckaway.errors import PagingError
 from tuckaway.paging.bounce import Bounces
+from tuckaway.paging.checksums import CELL
 from tuckaway.paging.fill import Fill
 from tuckaway.paging.homes import PageHomes
 from tuckaway.paging.reading import THREAD_NAME, reading_thread_count
 from tuckaway.paging.slots import Slot
 from tuckaway.paging.units import PageUnit
 
-__all__ = ["Transfer"]
+__all__ = ["Transfer", "bounce_nbytes"]
 
 _SPARE_BOUNCES = 8
 """Pieces beyond one for each reading thread: those whose copy is under way. The bus takes 8 MiB in 0.15 ms."""
+
+
+def bounce_nbytes() -> int:
+    """Return the bytes of pinned memory that disk pages pass through on their way to an accelerator."""
+    return (reading_thread_count() + _SPARE_BOUNCES) * CELL
 
 
 class Transfer:

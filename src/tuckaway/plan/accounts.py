@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from tuckaway.paging.page import EXTENT, aligned
+from tuckaway.paging.page import aligned
+from tuckaway.paging.transfer import bounce_nbytes
 from tuckaway.paging.units import PagePlan, plan_pages
 from tuckaway.plan.device_map import OFFLOADED, main_device_of, normalized
 from tuckaway.plan.memory import Device
@@ -169,7 +170,7 @@ def account(
     found[chosen] = replace(found[chosen], slots_bytes=turns)
     found["cpu"] = replace(
         found.get("cpu", DeviceMemory("cpu")),
-        buffers_bytes=0 if chosen == "cpu" else _bounce_bytes(pages),
+        buffers_bytes=bounce_nbytes() if chosen != "cpu" and pages.homed("disk") else 0,
         loading_bytes=host_ring_bytes(chosen),
     )
     return Accounts(pages, found, places)
@@ -178,11 +179,6 @@ def account(
 def host_ring_bytes(main: Device) -> int:
     """Bytes of RAM that a checkpoint passes through on its way to ``main``: at most, and only while loading."""
     return (2 if main == "cpu" else _RING) * _PIECE
-
-
-def _bounce_bytes(pages: PagePlan) -> int:
-    """Two pinned buffers of the largest page on disk, between file and slot."""
-    return 2 * max((aligned(page.layout.nbytes, EXTENT) for page in pages.homed("disk")), default=0)
 
 
 def load_work_bytes(specs: Mapping[str, TensorSpec], paged: Iterable[str] = ()) -> int:

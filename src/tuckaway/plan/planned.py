@@ -20,9 +20,26 @@ from tuckaway.plan.machine import Speeds
 from tuckaway.plan.memory import Device, format_bytes
 from tuckaway.plan.text import joined, pattern_of, table
 
-__all__ = ["Plan"]
+__all__ = ["BLOCKS_HEAD", "DEVICES_HEAD", "Plan", "place"]
 
 _VERSION = 1
+
+BLOCKS_HEAD = ("blocks", "on", "format", "codes", "scales", "nested", "plain", "padding")
+"""Columns of the table of blocks."""
+
+DEVICES_HEAD = (
+    "device",
+    "weights",
+    "padding",
+    "slots",
+    "buffers",
+    "in use",
+    "reserve",
+    "loading",
+    "peak",
+    "free",
+)
+"""Columns of the table of devices: what stays, what comes with running, what comes with loading."""
 
 
 @dataclass(frozen=True)
@@ -226,56 +243,46 @@ class Plan:
         return self.picture()
 
     def __str__(self) -> str:
-        parts = [f"{self.name}: {self.title}", _blocks_table(self.blocks), _devices_table(self.devices)]
-        parts += self.expected.lines(self.batch_size)
+        parts = [
+            f"{self.name}: {self.title}",
+            table(BLOCKS_HEAD, self.block_rows(), right=3),
+            table(DEVICES_HEAD, self.device_rows(), right=1),
+            *self.expected.lines(self.batch_size),
+        ]
         return "\n\n".join(parts)
 
+    def block_rows(self) -> list[tuple[str, ...]]:
+        """Return the blocks as cells under ``BLOCKS_HEAD``; those that differ in a number only are one row."""
+        groups: dict[tuple[object, ...], list[PlannedBlock]] = {}
+        for block in self.blocks:
+            shape = (block.nbytes, block.padding_bytes, tuple(block.formats.items()))
+            groups.setdefault((pattern_of(block.name), block.device, block.paged, shape), []).append(block)
+        return [
+            (
+                joined([block.name for block in rows]) or "(the model itself)",
+                place(rows[0].device) + (", paged" if rows[0].paged else ""),
+                ", ".join(rows[0].formats),
+                *(
+                    format_bytes(sum(getattr(block, f"{part}_bytes") for block in rows))
+                    for part in BLOCKS_HEAD[3:]
+                ),
+            )
+            for rows in groups.values()
+        ]
 
-def _blocks_table(blocks: tuple[PlannedBlock, ...]) -> str:
-    groups: dict[tuple[object, ...], list[PlannedBlock]] = {}
-    for block in blocks:
-        shape = (block.nbytes, block.padding_bytes, tuple(block.formats.items()))
-        groups.setdefault((pattern_of(block.name), block.device, block.paged, shape), []).append(block)
-    lines = [
-        (
-            joined([block.name for block in rows]) or "(the model itself)",
-            place(rows[0].device) + (", paged" if rows[0].paged else ""),
-            ", ".join(rows[0].formats),
-            *(
-                format_bytes(sum(getattr(block, f"{part}_bytes") for block in rows))
-                for part in ("codes", "scales", "nested", "plain", "padding")
-            ),
-        )
-        for rows in groups.values()
-    ]
-    return table(("blocks", "on", "format", "codes", "scales", "nested", "plain", "padding"), lines, right=3)
-
-
-def _devices_table(devices: tuple[DeviceMemory, ...]) -> str:
-    head = (
-        "device",
-        "weights",
-        "padding",
-        "slots",
-        "buffers",
-        "in use",
-        "reserve",
-        "loading",
-        "peak",
-        "free",
-    )
-    lines = [
-        (
-            place(memory.device),
-            *(
-                format_bytes(getattr(memory, f"{part}_bytes"))
-                for part in ("weights", "padding", "slots", "buffers", "in_use", "reserve", "loading", "peak")
-            ),
-            "" if memory.free_bytes is None else format_bytes(memory.free_bytes),
-        )
-        for memory in devices
-    ]
-    return table(head, lines, right=1)
+    def device_rows(self) -> list[tuple[str, ...]]:
+        """Return the devices as cells under ``DEVICES_HEAD``."""
+        return [
+            (
+                place(memory.device),
+                *(
+                    format_bytes(getattr(memory, f"{part.replace(' ', '_')}_bytes"))
+                    for part in DEVICES_HEAD[1:-1]
+                ),
+                "" if memory.free_bytes is None else format_bytes(memory.free_bytes),
+            )
+            for memory in self.devices
+        ]
 
 
 def place(device: Device) -> str:
