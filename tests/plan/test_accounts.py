@@ -94,6 +94,8 @@ def test_loading_and_running_do_not_happen_at_once():
     memory = DeviceMemory(0, 100, 10, slots_bytes=50, loading_bytes=30, reserve_bytes=5, limit_bytes=170)
     assert (memory.in_use_bytes, memory.peak_bytes, memory.free_bytes) == (160, 165, 5)
     assert DeviceMemory(0, 100, loading_bytes=30, reserve_bytes=5).peak_bytes == 130
+    ram = DeviceMemory("cpu", 100, 10, buffers_bytes=99, loading_bytes=300, limit_bytes=110)
+    assert (ram.peak_bytes, ram.counted_bytes, ram.free_bytes) == (410, 110, 0)
 
 
 def test_the_work_of_loading_is_bounded_by_pieces():

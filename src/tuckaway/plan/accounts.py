@@ -72,9 +72,19 @@ class DeviceMemory:
         return self.weights_bytes + self.padding_bytes + max(self.loading_bytes, running)
 
     @property
+    def counted_bytes(self) -> int:
+        """What is held against the limit: the peak; in RAM without the pieces of files that pass through.
+
+        Those take at most 256 MiB whatever the model, and a limit there is for what weights take.
+        """
+        if self.device == "cpu":
+            return self.weights_bytes + self.padding_bytes + self.slots_bytes + self.reserve_bytes
+        return self.peak_bytes
+
+    @property
     def free_bytes(self) -> int | None:
         """What the limit leaves; negative when it does not suffice."""
-        return None if self.limit_bytes is None else self.limit_bytes - self.peak_bytes
+        return None if self.limit_bytes is None else self.limit_bytes - self.counted_bytes
 
 
 @dataclass(frozen=True)

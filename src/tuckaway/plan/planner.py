@@ -232,13 +232,13 @@ def _check_fits(plan: Plan) -> None:
     """Refuse a map, given by hand, that does not fit."""
     for memory in plan.devices:
         limit = memory.limit_bytes
-        held = replace(memory, loading_bytes=0) if memory.device == "cpu" else memory
-        if limit is not None and held.peak_bytes > limit:
-            short = held.peak_bytes - limit
+        needed = memory.counted_bytes
+        if limit is not None and needed > limit:
+            short = needed - limit
             raise PlanError(
-                f"the model needs {format_bytes(held.peak_bytes)} of {_named(memory.device)}, {short} bytes more than "
+                f"the model needs {format_bytes(needed)} of {_named(memory.device)}, {short} bytes more than "
                 f"the {format_bytes(limit)} there are",
-                hint=f"raise max_memory[{memory.device!r}] to {held.peak_bytes}, or place less there",
+                hint=f"raise max_memory[{memory.device!r}] to {needed}, or place less there",
                 shortfall_bytes=short,
             )
 

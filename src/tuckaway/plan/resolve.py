@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -261,7 +260,7 @@ class _Overhead:
         self.ties = tied_groups(model)
 
     def of(self, device_map: Mapping[str, Device], main: Device) -> dict[Device, int]:
-        """Return, by device, its bytes at the peak less those of the blocks placed there."""
+        """Return, by device, the bytes held against its limit less those of the blocks placed there."""
         # what executes is the first accelerator that holds something; slots on another would not be used
         holding = (place for place in device_map.values() if place not in OFFLOADED)
         accounts = account(
@@ -278,9 +277,4 @@ class _Overhead:
         placed: dict[Device, int] = defaultdict(int)
         for name in accounts.places:
             placed[place_of(name, device_map)] += self.specs[name].nbytes
-        return {
-            # RAM that the checkpoint passes through is not held against its limit: it is gone before anything runs
-            device: (replace(memory, loading_bytes=0) if device == "cpu" else memory).peak_bytes
-            - placed[device]
-            for device, memory in accounts.devices.items()
-        }
+        return {device: memory.counted_bytes - placed[device] for device, memory in accounts.devices.items()}
