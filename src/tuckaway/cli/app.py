@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import tuckaway
-from tuckaway.cli import bench, demo, plan, run
+from tuckaway.cli import bench, demo, doctor, plan, run
 
 __all__ = ["COMMANDS", "app"]
 
@@ -21,6 +21,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "run": run.command,
     "bench": bench.command,
     "demo": demo.command,
+    "doctor": doctor.command,
 }
 """Every command, in the order of ``--help``."""
 

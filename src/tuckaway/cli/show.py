@@ -46,7 +46,7 @@ class Screen:
         self, title: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, right: int = -1
     ) -> None:
         """Print a table whose columns from ``right`` on are right-aligned: the last one, left out."""
-        right %= len(head)
+        right = len(head) - 1 if right < 0 else right
         if self.console.is_terminal:
             table = Table(title=title, title_justify="left", title_style="bold")
             for i, name in enumerate(head):
@@ -62,7 +62,7 @@ class Screen:
                 cell.rjust(width) if i >= right else cell.ljust(width)
                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))
             ]
-            self.line("  " + "  ".join(cells))
+            self.line("  " + "  ".join(cells).rstrip())
 
 
 def name_runs(names: Sequence[str]) -> str:
