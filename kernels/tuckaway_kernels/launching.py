@@ -29,6 +29,12 @@ def has_ptx() -> bool:
 
 
 @cache
+def overlaps(device: torch.device) -> bool:
+    """Tell whether a launch may begin before the one before it has ended: on NVIDIA GPUs from Hopper on."""
+    return has_ptx() and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
 def kernel_reciprocal_table(device: torch.device) -> torch.Tensor:
     """Return the table that kernels without PTX take the reciprocal from; with PTX, one byte never read."""
     if has_ptx():
@@ -88,6 +94,7 @@ class Launch:
         warps: 32 threads each, a program.
         stages: of Triton's software pipeline; None leaves it to Triton.
         words: which tensors the kernel reads as int32.
+        overlap: let it begin before the launch before it has ended; the kernel waits for that one itself.
         aligned: copy tensors that do not begin on 16 bytes, for kernels whose result would depend on it.
 
     Example:
@@ -117,18 +124,21 @@ class Launch:
         stages: int | None = None,
         words: tuple[int, ...] = (),
         aligned: bool = False,
+        overlap: bool = False,
     ) -> None:
         self._kernel = kernel
         self._grid = grid
         self._integers = integers
         self._constants = dict(constants)
         self._options = {"num_warps": warps} | ({} if stages is None else {"num_stages": stages})
+        if overlap:
+            self._options["launch_pdl"] = True
         self._words = words
         self._aligned = aligned
         special = tuple(map(_speciality, integers))
         # a constant of another type is another constant: True is not 1 to Triton
         named = tuple((type(value), value) for value in self._constants.values())
-        self._key = (kernel, special, named, warps, stages, words)
+        self._key = (kernel, special, named, warps, stages, words, overlap)
         self._ready: dict[tuple[Any, ...], tuple[_Ready, tuple[Any, ...]]] = {}
 
     def __call__(self, *tensors: torch.Tensor) -> None:

@@ -19,10 +19,10 @@ from tuckaway_kernels.launching import has_ptx, processors
 _CONFIGS: Final = Path(__file__).parent / "configs"
 
 LARGEST_FUSED: Final = 128
-"""Rows of x up to which a fused product is faster than decoding first: 8192x8192, m = 64: 55 against 113 us."""
+"""Rows of x up to which a fused product is faster than decoding first: 8192x8192, m = 128: 89 against 113 us."""
 
-MOST_MMA_WARPS: Final = 2
-"""With 4, Triton takes wgmma on Hopper, and the order in which codes are decoded in registers is not wgmma's."""
+MOST_INT8_MMA_WARPS: Final = 2
+"""More did no better; from 4 on Triton takes wgmma on Hopper."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,15 @@ class Choice:
 
     Args:
         kernel: ``"gemv"``, dot products in ordinary registers; ``"mma"``, tensor cores.
-        tile_rows: rows of the matrix a program takes.
+        tile_rows: rows of the matrix a program takes (4-bit mma: a warp).
         warps: 32 threads each, a program.
         tile_m: rows of x a program takes.
         blocks: runs of 64 columns a step (4-bit mma).
         columns: columns a step (int8).
-        stages: of the software pipeline.
+        stages: of the software pipeline (int8).
         split: parts the columns are split into, among programs.
+        across: warps of a program that take different rows; the others take different columns (4-bit mma).
+        programs: that go through all rows (4-bit gemv); 0: one for each ``tile_rows``.
     """
 
     kernel: Literal["gemv", "mma"]
@@ -48,6 +50,8 @@ class Choice:
     columns: int = 0
     stages: int = 1
     split: int = 1
+    across: int = 1
+    programs: int = 0
 
 
 def fuses(device: torch.device) -> bool:
@@ -65,33 +69,34 @@ def choose_4bit(
 ) -> Choice | None:
     """Return the kernel for ``x [m, cols] @ S^T`` with 4-bit S ``[rows, cols]``; None: decode and multiply."""
     mma = cols % 64 == 0 and blocksize >= 64
-    if not 1 <= m <= LARGEST_FUSED or cols % 32 or not (mma or m <= 4):
+    if not 1 <= m <= LARGEST_FUSED or cols % 32 or not (mma or m in (1, 2, 4)):
         return None
     entry = _measured(device, "linear_4bit", m, rows, cols, nested) or {}
-    if mma and (m > 4 or entry.get("kernel") == "mma"):
-        tile_m = entry.get("tile_m") or (16 if m <= 16 else 32 if m <= 32 else 64)
-        blocks = entry.get("blocks") or (1 if tile_m == 64 else 2)
-        stages = entry.get("stages") or 3
-        if cols % (64 * blocks):
-            blocks, stages = 1, 5
-        return Choice(
-            "mma",
-            64,
-            min(entry.get("warps") or 2, MOST_MMA_WARPS),
-            tile_m,
-            blocks=blocks,
-            stages=stages,
-            split=_split(device, m, tile_m, rows, cols // (64 * blocks)),
-        )
-    tile_m = 4 if m == 3 else m
+    if mma and (m > 2 or entry.get("kernel") == "mma"):
+        return _fragments(device, m, rows, cols, entry)
     entry = entry if entry.get("kernel") == "gemv" else {}
-    tile_rows = entry.get("tile_rows") or 8
+    tile_rows = entry.get("tile_rows") or 4
     while rows % tile_rows:
         tile_rows //= 2
-    warps = entry.get("warps") or 4
-    while warps > 1 and cols <= 512 * warps:  # a warp takes 1,024 columns at a time
-        warps //= 2
-    return Choice("gemv", tile_rows, warps, tile_m)
+    # a thread takes 32 columns: as many threads as take a whole row, whose x then stays in registers
+    warps = min(1 << max((cols - 1).bit_length() - 10, 0), 8)
+    programs = entry.get("programs") or (16 // warps if m == 1 else 8 // warps) * processors(device)
+    return Choice("gemv", tile_rows, warps, m, programs=programs)
+
+
+def _fragments(device: torch.device, m: int, rows: int, cols: int, entry: dict[str, Any]) -> Choice:
+    tile_m = entry.get("tile_m") or (8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64)
+    # warps that take different rows share what they read of x in the first-level cache
+    warps = entry.get("warps") or (8 if tile_m == 64 else 4)
+    across = entry.get("across") or warps
+    blocks = entry.get("blocks") or (4 if tile_m <= 16 else 2 if tile_m == 32 else 1)
+    most = (4.0 if warps <= 4 else 3.5) * processors(device)
+    programs = -(-rows // (16 * across)) * -(-m // tile_m)
+    steps = -(-cols // (64 * blocks * (warps // across)))
+    split = 1
+    while split < 8 and 2 * split * programs <= most and 2 * split <= steps:
+        split *= 2
+    return Choice("mma", 16, warps, tile_m, blocks=blocks, split=split, across=across)
 
 
 def choose_int8(
@@ -111,7 +116,7 @@ def choose_int8(
     return Choice(
         "mma",
         64,
-        MOST_MMA_WARPS,
+        MOST_INT8_MMA_WARPS,
         tile_m,
         columns=128,
         stages=entry.get("stages") or (4 if tile_m == 16 else 3),

@@ -1,7 +1,8 @@
 """The few PTX instructions the kernels use, in numpy, so that Triton's interpreter can run kernels that contain them.
 
 ``install()`` teaches the interpreter of this process ``inline_asm_elementwise``. Registers are arrays of uint32 (fp32
-by their bits); a packed operand of 8- or 16-bit elements takes one register for 4 or 2 of them, as on the GPU.
+by their bits); a packed operand of 8- or 16-bit elements takes one register for 4 or 2 of them, as on the GPU. Element
+i of an array is lane i % 32 of a warp. There is one shared memory, and whatever is named in it begins at its byte 0.
 """
 
 from __future__ import annotations
@@ -63,8 +64,56 @@ def _max_pairs(a: Array, b: Array) -> Array:
     return _join(*(np.maximum(x, y) for x, y in zip(_halves(a), _halves(b), strict=True)))
 
 
+_SHARED = np.zeros(1 << 13, dtype=np.uint32)
+
+
+def _store_shared(operands: str, value: Callable[[str], Array]) -> None:
+    """``[address], {a, b, c, d}``"""
+    address, words = re.fullmatch(r"\[(.*?)\], \{(.*)\}", operands).groups()  # type: ignore[union-attr]
+    register, _, offset = address.partition("+")
+    for i, word in enumerate(words.split(", ")):
+        _SHARED[(value(register) + np.uint32(int(offset or 0))) // 4 + i] = value(word)
+
+
+def _matrix(
+    registers: list[Array], lane: Callable[[Array], tuple[Array, Array]], shape: tuple[int, int]
+) -> Array:
+    """Registers of one warp, a value each, as the matrix whose element ``lane(l)`` lane l holds."""
+    result = np.zeros((registers[0].size // 32, *shape), dtype=np.float32)
+    number = np.arange(32)
+    for i, register in enumerate(registers):
+        at = lane(number, i)  # type: ignore[call-arg]
+        result[:, at[0], at[1]] = register.reshape(-1, 32)
+    return result
+
+
+def _m16n8k16(operands: str, registers: dict[str, Array], value: Callable[[str], Array]) -> None:
+    """``{d..}, {a..}, {b..}, {c..}`` of mma.m16n8k16 with fp16 factors and fp32 sums."""
+    names = [part.split(", ") for part in re.findall(r"\{(.*?)\}", operands)]
+
+    def pairs(group: list[str]) -> list[Array]:
+        return [half.view(np.float16).astype(np.float32) for n in group for half in _halves(value(n))]
+
+    a = _matrix(
+        pairs(names[1]), lambda n, i: (n // 4 + i // 2 % 2 * 8, n % 4 * 2 + i % 2 + i // 4 * 8), (16, 16)
+    )
+    b = _matrix(pairs(names[2]), lambda n, i: (n % 4 * 2 + i % 2 + i // 2 * 8, n // 4), (16, 8))
+    product = a.astype(np.float64) @ b.astype(np.float64)
+    lane = np.arange(32)
+    for i, (d, c) in enumerate(zip(names[0], names[3], strict=True)):
+        part = product[:, lane // 4 + i // 2 * 8, lane % 4 * 2 + i % 2].reshape(-1)
+        registers[d] = _bits((part + _f32(value(c))).astype(np.float32))
+
+
 _INSTRUCTIONS: dict[str, Callable[..., Array]] = {
     "mov.u32": lambda a: a,
+    "mov.f32": lambda a: a,
+    "add.u32": lambda a, b: a + b,
+    "mul.lo.u32": lambda a, b: a * b,
+    "ld.shared.b32": lambda a: _SHARED[a // 4],
+    "shfl.sync.idx.b32": lambda a, source, *_: np.take_along_axis(
+        a.reshape(-1, 32), source.reshape(-1, 32).astype(np.int64), 1
+    ).reshape(-1),
     "and.b32": lambda a, b: a & b,
     "xor.b32": lambda a, b: a ^ b,
     "shl.b32": lambda a, b: a << b,
@@ -83,6 +132,7 @@ _INSTRUCTIONS: dict[str, Callable[..., Array]] = {
     "sub.f32": lambda a, b: _bits(_f32(a) - _f32(b)),
     "mul.f32": lambda a, b: _bits(_f32(a) * _f32(b)),
 }
+_NAMES = {"tuckaway_table"}
 _SPECIAL = {"%lanemask_eq": 8, "%lanemask_lt": 7}
 
 
@@ -94,18 +144,28 @@ def run(text: str, registers: dict[str, Array]) -> dict[str, Array]:
     def value(operand: str) -> Array:
         if operand in registers:
             return registers[operand]
-        if operand.startswith("0f"):
+        if operand == "%laneid":
+            return np.arange(like.size, dtype=np.uint32) % 32
+        if operand in _NAMES:
+            number = 0
+        elif operand.startswith("0f"):
             number = int(operand[2:], 16)
         else:
             number = _SPECIAL[operand] if operand in _SPECIAL else int(operand, 0)
         return np.full_like(like, number)
 
-    body = re.sub(r"^\s*\{|\}\s*$", "", text.strip())
-    for line in filter(None, (part.strip() for part in body.split(";"))):
+    body = re.sub(r"\}\s*$", "", text.strip())
+    for line in filter(None, (re.sub(r"^\{\s*", "", part.strip()) for part in body.split(";"))):
         name, rest = line.split(None, 1)
-        if name == ".reg":
+        if name in (".reg", ".shared", "bar.sync"):
             continue
-        operands = [o.strip() for o in rest.split(",")]
+        if name == "st.shared.v4.b32":
+            _store_shared(rest, value)
+            continue
+        if name.startswith("mma.sync.aligned.m16n8k16"):
+            _m16n8k16(rest, registers, value)
+            continue
+        operands = [o.strip(" []") for o in rest.split(",")]
         if name == "mov.b32":  # {low, high} <- word
             low, high = _halves(value(operands[2]))
             registers[operands[0].strip("{} ")], registers[operands[1].strip("{} ")] = (

@@ -28,16 +28,17 @@ def test_4bit_choices_keep_to_their_kernels_rules() -> None:
     for m, (rows, cols), blocksize, nested in product(BATCHES, SHAPES, [32, 64, 4096], [True, False]):
         choice = choose_4bit(GPU, m, rows, cols, blocksize, nested)
         if choice is None:
-            assert m in (0, 129, 4096) or cols % 32 or (m > 4 and (cols % 64 or blocksize < 64))
+            assert m in (0, 129, 4096) or cols % 32 or (m > 2 and (cols % 64 or blocksize < 64))
         elif choice.kernel == "gemv":
-            assert m <= 4
-            assert choice.tile_m in (1, 2, 4)
-            assert choice.tile_m >= m
+            assert choice.tile_m == m
+            assert m in (1, 2, 4)
             assert rows % choice.tile_rows == cols % 32 == 0
         else:
             assert blocksize >= 64
-            assert cols % (64 * choice.blocks) == 0
-            assert choice.warps <= 2  # with 4 it is wrong on Hopper
+            assert cols % 64 == 0
+            assert choice.warps % choice.across == 0
+            assert choice.tile_m in (8, 16, 32, 64)
+            assert choice.split <= max(cols // (64 * choice.blocks), 1)
         found.add(choice)
     assert None in found
     assert {c.kernel for c in found if c} == {"gemv", "mma"}
@@ -57,9 +58,10 @@ def test_int8_choices_keep_to_their_kernels_rules() -> None:
 
 def test_the_measured_table_is_used_on_the_gpu_it_was_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(selection, "processors", lambda device: 132)
     selection._entries.cache_clear()
-    assert choose_4bit(GPU, 1, 8192, 8192, 64, False) == Choice("gemv", 8, 8, 1)
-    assert choose_4bit(GPU, 1, 4096, 4096, 64, False) == Choice("gemv", 8, 4, 1)
+    assert choose_4bit(GPU, 1, 8192, 8192, 64, False) == Choice("gemv", 4, 8, 1, programs=264)
+    assert choose_4bit(GPU, 1, 4096, 4096, 64, False) == Choice("gemv", 4, 4, 1, programs=528)
     selection._entries.cache_clear()
 
 

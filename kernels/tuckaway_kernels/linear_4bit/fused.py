@@ -7,8 +7,8 @@ from functools import lru_cache
 
 import torch
 
-from tuckaway_kernels.codebooks import codebook, dynamic_map
-from tuckaway_kernels.launching import Launch
+from tuckaway_kernels.codebooks import dynamic_map
+from tuckaway_kernels.launching import Launch, overlaps
 from tuckaway_kernels.selection import Choice
 
 _COMBINE_TILE = 512
@@ -19,7 +19,7 @@ _ROW_TILE = 4096
 class _Plan:
     """The launches of one product."""
 
-    prepare: Launch | None  # x to fp16 and its powers of two, for tensor cores
+    prepare: Launch | None  # x in fp16, its powers of two taken out, in the order tensor cores take it
     multiply: Launch
     combine: Launch | None
 
@@ -35,6 +35,7 @@ def fused_product(
     format: str,
     blocksize: int,
     choice: Choice,
+    overlap: bool | None = None,
 ) -> None:
     """Write ``x @ S^T + bias`` to ``out``.
 
@@ -52,13 +53,11 @@ def fused_product(
     """
     m, rows = out.shape
     cols = x.shape[1]
-    if nested_absmax is not None and nested_offset is not None and choice.kernel == "mma":
-        # in the loop of the tensor cores a scale would be looked up 8 times over; restored at once it is 4 us
-        scales = torch.ops.tuckaway.dequantize_nested(scales, nested_absmax, nested_offset)
-        nested_absmax = nested_offset = None
     nested = nested_absmax is not None
     bf16 = x.dtype == torch.bfloat16
-    plan = plan_of(choice, m, rows, cols, format, blocksize, nested, bias is not None, bf16)
+    if overlap is None:
+        overlap = overlaps(x.device)
+    plan = plan_of(choice, m, rows, cols, format, blocksize, nested, bias is not None, bf16, overlap)
     shared = (
         codes,
         scales,
@@ -70,19 +69,14 @@ def fused_product(
     target = out
     if choice.split > 1:
         target = torch.empty((choice.split, m, rows), dtype=torch.float32, device=x.device)
-    if choice.kernel == "gemv":
-        if choice.tile_m != m:  # 3 rows as 4
-            padded = torch.nn.functional.pad(x, (0, 0, 0, choice.tile_m - m))
-            target = torch.empty((choice.tile_m, rows), dtype=out.dtype, device=out.device)
-            plan.multiply(padded, *shared, added, target)
-            out.copy_(target[:m])
-            return
+    if plan.prepare is None:
         plan.multiply(x, *shared, added, target)
-    elif plan.prepare is not None:
-        halves = torch.empty((m, cols), dtype=torch.float16, device=x.device)
+    else:
+        padded = -(-m // choice.tile_m) * choice.tile_m
+        ordered = torch.empty((padded, cols), dtype=torch.float16, device=x.device)
         powers = torch.empty(m, dtype=torch.float32, device=x.device)
-        plan.prepare(x, halves, powers)
-        plan.multiply(halves, powers, *shared, codebook(format, x.device), added, target)
+        plan.prepare(x, ordered, powers)
+        plan.multiply(ordered, powers, *shared, added, target)
     if plan.combine is not None:
         plan.combine(target, added, out)
 
@@ -98,79 +92,115 @@ def plan_of(
     nested: bool,
     bias: bool,
     bf16: bool,
+    overlap: bool = False,
 ) -> _Plan:
     """Return the launches of a product ``[m, cols] @ [rows, cols]^T``; arguments as `fused_product` has them."""
-    from tuckaway_kernels.linear_4bit.kernel import fp16_rows_kernel, gemv_kernel, mma_kernel
-
-    split, fp4 = choice.split, format == "fp4"
-    combine = combine_launch(split, m, rows, bias)
+    combine = combine_launch(choice.split, m, rows, bias, overlap)
     if choice.kernel == "gemv":
-        constants = {
-            "ROWS": choice.tile_rows,
-            "HALVES": 32 * choice.warps,
-            "M": choice.tile_m,
-            "BLOCKSIZE": blocksize,
-            "NESTED": nested,
-            "BIAS": bias,
-            "SPLIT": split,
-            "BF16": bf16,
-            "FP4": fp4,
-            # fp16 results show the error of fp16 sums of 16 terms: theirs are of 8
-            "CHAINS": 1 if bf16 else 2,
-            "WIDE": False,
-        }
-        part = -(-(cols // 32) // (split * 32)) * 32
-        multiply = Launch(
-            gemv_kernel,
-            (rows // choice.tile_rows, split, 1),
-            (rows, cols, part),
-            constants,
-            warps=choice.warps,
-            words=(0, 1),
-            aligned=True,
-        )
-        return _Plan(None, multiply, combine)
-    columns = min(1 << (cols - 1).bit_length(), _ROW_TILE)
-    prepare = Launch(
-        fp16_rows_kernel,
-        (m, 1, 1),
-        (cols,),
-        {"COLUMNS": columns},
-        warps=8 if columns == _ROW_TILE else 4,
-        aligned=True,
+        return _Plan(None, _gemv(choice, rows, cols, format, blocksize, nested, bias, bf16), combine)
+    return _Plan(
+        _order(choice, m, cols, overlap),
+        _fragments(choice, m, rows, cols, format, blocksize, nested, bias, overlap),
+        combine,
     )
+
+
+def _gemv(
+    choice: Choice, rows: int, cols: int, format: str, blocksize: int, nested: bool, bias: bool, bf16: bool
+) -> Launch:
+    from tuckaway_kernels.linear_4bit.kernel import gemv_kernel
+
+    halves = 32 * choice.warps
+    part = -(-(cols // 32) // (choice.split * 32)) * 32
     constants = {
         "ROWS": choice.tile_rows,
+        "HALVES": halves,
         "M": choice.tile_m,
-        "BLOCKS": choice.blocks,
         "BLOCKSIZE": blocksize,
         "NESTED": nested,
         "BIAS": bias,
-        "SPLIT": split,
-        "STAGES": choice.stages,
-        "FP4": fp4,
-        "WIDE": False,
-        "PTX": True,
+        "SPLIT": choice.split,
+        "BF16": bf16,
+        "FP4": format == "fp4",
+        # fp16 results show the error of fp16 sums of 16 terms: theirs are of 8
+        "CHAINS": 1 if bf16 else 2,
+        "ONCE": min(part, cols // 32) <= halves,
     }
-    steps = cols // (64 * choice.blocks)
-    multiply = Launch(
-        mma_kernel,
-        (-(-rows // choice.tile_rows), split, -(-m // choice.tile_m)),
-        (m, rows, cols, -(-steps // split)),
+    groups = rows // choice.tile_rows
+    return Launch(
+        gemv_kernel,
+        (min(groups, choice.programs or groups), choice.split, 1),
+        (rows, cols, part),
         constants,
         warps=choice.warps,
-        stages=choice.stages,
+        words=(0, 1),
         aligned=True,
     )
-    return _Plan(prepare, multiply, combine)
 
 
-def combine_launch(split: int, m: int, rows: int, bias: bool) -> Launch | None:
+def _order(choice: Choice, m: int, cols: int, overlap: bool) -> Launch:
+    from tuckaway_kernels.linear_4bit.fragments import order_rows_kernel
+
+    columns = min(1 << (cols - 1).bit_length(), _ROW_TILE)
+    return Launch(
+        order_rows_kernel,
+        (-(-m // choice.tile_m) * choice.tile_m, 1, 1),
+        (m, cols),
+        {"COLUMNS": columns, "OVERLAP": overlap},
+        warps=8 if columns == _ROW_TILE else 4,
+        aligned=True,
+    )
+
+
+def _fragments(
+    choice: Choice,
+    m: int,
+    rows: int,
+    cols: int,
+    format: str,
+    blocksize: int,
+    nested: bool,
+    bias: bool,
+    overlap: bool,
+) -> Launch:
+    from tuckaway_kernels.linear_4bit.fragments import fragment_kernel
+
+    blocks, deep = cols // 64, choice.warps // choice.across
+    program_rows = choice.tile_rows * choice.across
+    steps = -(-blocks // (choice.blocks * deep))
+    constants = {
+        "WARPS": choice.warps,
+        "ACROSS": choice.across,
+        "ROWS": choice.tile_rows // 8,
+        "BLOCKS": choice.blocks,
+        "TILES": choice.tile_m // 8,
+        "BLOCKSIZE": blocksize,
+        "NESTED": nested,
+        "BIAS": bias,
+        "SPLIT": choice.split,
+        "FP4": format == "fp4",
+        "EVEN": rows % program_rows == 0 and blocks % (choice.blocks * deep) == 0,
+        "OVERLAP": overlap,
+    }
+    return Launch(
+        fragment_kernel,
+        (-(-rows // program_rows), choice.split, -(-m // choice.tile_m)),
+        (m, rows, cols, -(-steps // choice.split)),
+        constants,
+        warps=choice.warps,
+        words=(0, 2),
+        aligned=True,
+        overlap=overlap,
+    )
+
+
+def combine_launch(split: int, m: int, rows: int, bias: bool, overlap: bool = False) -> Launch | None:
     """Return the launch that adds up ``split`` partial products ``[m, rows]``; None if there is one only."""
     if split == 1:
         return None
     from tuckaway_kernels.linear_4bit.kernel import combine_kernel
 
     n = m * rows
-    constants = {"SPLIT": split, "BIAS": bias, "TILE": _COMBINE_TILE}
-    return Launch(combine_kernel, (-(-n // _COMBINE_TILE), 1, 1), (n, rows), constants, warps=4)
+    constants = {"SPLIT": split, "BIAS": bias, "TILE": _COMBINE_TILE, "OVERLAP": overlap}
+    grid = -(-n // _COMBINE_TILE), 1, 1
+    return Launch(combine_kernel, grid, (n, rows), constants, warps=4, overlap=overlap)

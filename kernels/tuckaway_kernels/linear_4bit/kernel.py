@@ -1,14 +1,11 @@
-"""Multiply few rows of ``x`` by a 4-bit matrix in bitsandbytes' own layout, decoding in registers.
+"""Multiply one or two rows of ``x`` by a 4-bit matrix in bitsandbytes' own layout, decoding in registers.
 
-``gemv_kernel`` (1 to 4 rows of x) has no tensor cores: a thread takes 32 weights of a row (four words), decodes them to
-fp16 pairs and multiplies them by pairs of x with two fp16 multiply-adds an instruction. The fp16 sums are 16 terms long
-(error 4e-4 of the result, below the 1.7e-3 of rounding the result to bf16), then scaled and added in fp32. x is brought
-to the range of fp16 by a power of two of each 32 values' own, so that nothing overflows and nothing is lost.
+``gemv_kernel`` uses no tensor cores: a thread takes 32 weights of a row (four words), looks up fp16 pairs (`table`) and
+multiplies them by pairs of x with two fp16 multiply-adds an instruction. The fp16 sums are 16 terms long (error 4e-4 of
+the result, below the 1.7e-3 of rounding the result to bf16), then scaled and added in fp32. x is brought to the range
+of fp16 by a power of two of each 32 values' own, so that nothing overflows and nothing is lost.
 
-``mma_kernel`` (from 5 rows) multiplies a block's 64 unscaled codes by x with tensor cores, W as the left operand from
-registers, and scales each block's product in fp32.
-
-Both write fp32 partial sums where the columns are split among programs; ``combine_kernel`` adds them in a fixed order.
+Partial sums in fp32, where the columns are split among programs, are added in a fixed order by ``combine_kernel``.
 """
 # mypy: ignore-errors
 
@@ -18,13 +15,16 @@ import triton
 import triton.language as tl
 
 from tuckaway_kernels.linear_4bit.decode import (
-    add_word,
     bf16_pair_magnitude,
-    bytes_to_quad,
     fp16_pair_magnitude,
     scale_bf16_pair,
     scale_fp16_pair,
     sum_of_pair,
+)
+from tuckaway_kernels.linear_4bit.table import (
+    add_looked_up,
+    after_launch_before,
+    fill_table,
 )
 
 
@@ -133,6 +133,107 @@ def rows_together(parts, ROWS: tl.constexpr, HALVES: tl.constexpr):
 
 
 @triton.jit
+def load_rows(
+    codes,
+    scales,
+    nested,
+    offset,
+    dynamic,
+    start,
+    mask,
+    halves,
+    ROWS: tl.constexpr,
+    HALVES: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+):
+    """Words [HALVES * 4] and scales [HALVES] of ROWS rows, ``halves`` runs of 32 weights apart, from ``start`` on."""
+    word = tl.arange(0, HALVES * 4)
+    half = tl.arange(0, HALVES)
+    words = ()
+    factors = ()
+    for r in tl.static_range(ROWS):
+        at = start + r * halves
+        words = words + (
+            tl.load(codes + at * 4 + word, mask=word // 4 < mask, other=0, eviction_policy="evict_first"),
+        )
+        factors = factors + (
+            load_scale(scales, nested, offset, dynamic, (at + half) // PER_BLOCK, half < mask, NESTED),
+        )
+    return words, factors
+
+
+@triton.jit
+def all_x(x, first, halves, cols, M: tl.constexpr, HALVES: tl.constexpr, BF16: tl.constexpr):
+    """What `x_pairs` gives, of M rows of x."""
+    a, b, c, d, back = x_pairs(x, first, halves, HALVES, BF16)
+    backs = (back,)
+    for k in tl.static_range(1, M):
+        a_, b_, c_, d_, back = x_pairs(x + cols // 2 * k, first, halves, HALVES, BF16)
+        a, b, c, d, backs = a + a_, b + b_, c + c_, d + d_, backs + (back,)
+    return a, b, c, d, backs
+
+
+@triton.jit
+def add_rows(
+    words,
+    factors,
+    a,
+    b,
+    c,
+    d,
+    backs,
+    lane,
+    totals,
+    ROWS: tl.constexpr,
+    HALVES: tl.constexpr,
+    M: tl.constexpr,
+    CHAINS: tl.constexpr,
+):
+    """Add the products of ROWS rows by M rows of x to ``totals``, fp32 [HALVES] each."""
+    none = tl.zeros([HALVES], dtype=tl.int32)
+    none_each = ()
+    for _ in tl.static_range(M):
+        none_each = none_each + (none,)
+    updated = ()
+    for r in tl.static_range(ROWS):
+        w0, w1, w2, w3 = four_words(words[r], HALVES)
+        sums = add_looked_up(w1, lane, b, add_looked_up(w0, lane, a, none_each, M), M)
+        if CHAINS == 2:
+            more = add_looked_up(w3, lane, d, add_looked_up(w2, lane, c, none_each, M), M)
+            for k in tl.static_range(M):
+                part = sum_of_pair(sums[k]) + sum_of_pair(more[k])
+                updated = updated + (totals[r * M + k] + part * (factors[r] * backs[k]),)
+        else:
+            sums = add_looked_up(w3, lane, d, add_looked_up(w2, lane, c, sums, M), M)
+            for k in tl.static_range(M):
+                updated = updated + (totals[r * M + k] + sum_of_pair(sums[k]) * (factors[r] * backs[k]),)
+    return updated
+
+
+@triton.jit
+def store_rows(
+    totals,
+    bias,
+    out,
+    first_row,
+    rows,
+    ROWS: tl.constexpr,
+    HALVES: tl.constexpr,
+    M: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """Add up ``totals`` over the threads and write ROWS results for each of M rows of x."""
+    result = tl.sum(rows_together(totals, ROWS * M, HALVES), axis=0)
+    index = tl.arange(0, ROWS * M)
+    row = first_row + index // M
+    if BIAS:
+        result += tl.load(bias + row).to(tl.float32)
+    at = out + (tl.program_id(1).to(tl.int64) * M + index % M) * rows + row
+    tl.store(at, result.to(out.dtype.element_ty))
+
+
+@triton.jit
 def gemv_kernel(
     x,
     codes,
@@ -155,213 +256,105 @@ def gemv_kernel(
     BF16: tl.constexpr,
     FP4: tl.constexpr,
     CHAINS: tl.constexpr,
-    WIDE: tl.constexpr,
+    ONCE: tl.constexpr,
 ):
     """x [M, cols] as int32 of two values; codes as int32 of eight; out [M, rows], fp32 [SPLIT, M, rows] if SPLIT > 1.
 
-    A program takes ROWS rows, and HALVES runs of 32 columns at a time, of the ``split_halves`` that are its share.
-    HALVES is 32 for each warp: a thread takes one run. Rows come one after the other, so that few registers hold
-    decoded weights.
+    A program takes ROWS rows at a time, and HALVES runs of 32 columns, of the ``split_halves`` that are its share: a
+    thread takes one run, HALVES is 32 for each warp. ONCE: that is all its columns; x then stays in registers while
+    the program goes through its rows, and the next rows are on their way while these are multiplied.
     CHAINS: 1, or 2 for fp16 sums half as long. cols is a multiple of 32; rows, of ROWS; M * ROWS is a power of two.
     """
     PER_BLOCK: tl.constexpr = BLOCKSIZE // 32
-    first_row = tl.program_id(0) * ROWS
     halves = cols // 32
     begin = tl.program_id(1) * split_halves
     end = tl.minimum(begin + split_halves, halves)
+    group = tl.program_id(0)
+    run = group.to(tl.int64) * ROWS * halves + begin
+    stride = tl.num_programs(0).to(tl.int64) * ROWS * halves
     zero = tl.zeros([HALVES], dtype=tl.float32)
-    totals = ()
+    zeros = ()
     for _ in tl.static_range(M * ROWS):
-        totals = totals + (zero,)
-    word = tl.arange(0, HALVES * 4)
-    half = tl.arange(0, HALVES)
-    for first in range(begin, end, HALVES):
-        word_mask = first + word // 4 < end
-        half_mask = first + half < end
-        a, b, c, d, back = x_pairs(x, first, end, HALVES, BF16)
-        backs = (back,)
-        for k in tl.static_range(1, M):
-            a_, b_, c_, d_, back = x_pairs(x + cols // 2 * k, first, end, HALVES, BF16)
-            a, b, c, d, backs = a + a_, b + b_, c + c_, d + d_, backs + (back,)
-        updated = ()
-        for r in tl.static_range(ROWS):
-            start = (first_row + r).to(tl.int64) * halves + first
-            words = tl.load(codes + start * 4 + word, mask=word_mask, other=0)
-            scale = load_scale(
-                scales, nested, offset, dynamic, (start + half) // PER_BLOCK, half_mask, NESTED
+        zeros = zeros + (zero,)
+    if ONCE:
+        words, factors = load_rows(
+            codes,
+            scales,
+            nested,
+            offset,
+            dynamic,
+            run,
+            end - begin,
+            halves,
+            ROWS,
+            HALVES,
+            PER_BLOCK,
+            NESTED,
+        )
+        a, b, c, d, backs = all_x(x, begin, end, cols, M, HALVES, BF16)
+        lane = fill_table(HALVES, FP4)
+        for now in tl.range(group, rows // ROWS, tl.num_programs(0), num_stages=1):
+            following = now + tl.num_programs(0)
+            left = tl.where(following < rows // ROWS, end - begin, 0)
+            next_words, next_factors = load_rows(
+                codes,
+                scales,
+                nested,
+                offset,
+                dynamic,
+                run + stride,
+                left,
+                halves,
+                ROWS,
+                HALVES,
+                PER_BLOCK,
+                NESTED,
             )
-            w0, w1, w2, w3 = four_words(words, HALVES)
-            none = tl.zeros([HALVES], dtype=tl.int32)
-            none_each = ()
-            for _ in tl.static_range(M):
-                none_each = none_each + (none,)
-            sums = add_word(w0, a, none_each, M, FP4, WIDE)
-            sums = add_word(w1, b, sums, M, FP4, WIDE)
-            if CHAINS == 2:
-                more = add_word(w3, d, add_word(w2, c, none_each, M, FP4, WIDE), M, FP4, WIDE)
-                for k in tl.static_range(M):
-                    part = sum_of_pair(sums[k]) + sum_of_pair(more[k])
-                    updated = updated + (totals[r * M + k] + part * (scale * backs[k]),)
-            else:
-                sums = add_word(w2, c, sums, M, FP4, WIDE)
-                sums = add_word(w3, d, sums, M, FP4, WIDE)
-                for k in tl.static_range(M):
-                    updated = updated + (totals[r * M + k] + sum_of_pair(sums[k]) * (scale * backs[k]),)
-        totals = updated
-    result = tl.sum(rows_together(totals, ROWS * M, HALVES), axis=0)
-    index = tl.arange(0, ROWS * M)
-    row = first_row + index // M
-    if BIAS and SPLIT == 1:
-        result += tl.load(bias + row).to(tl.float32)
-    at = out + (tl.program_id(1).to(tl.int64) * M + index % M) * rows + row
-    tl.store(at, result.to(out.dtype.element_ty))
+            totals = add_rows(words, factors, a, b, c, d, backs, lane, zeros, ROWS, HALVES, M, CHAINS)
+            store_rows(totals, bias, out, now * ROWS, rows, ROWS, HALVES, M, BIAS and SPLIT == 1)
+            words, factors = next_words, next_factors
+            run += stride
+    else:
+        lane = fill_table(HALVES, FP4)
+        for now in tl.range(group, rows // ROWS, tl.num_programs(0), num_stages=1):
+            totals = zeros
+            for first in tl.range(begin, end, HALVES, num_stages=1):
+                words, factors = load_rows(
+                    codes,
+                    scales,
+                    nested,
+                    offset,
+                    dynamic,
+                    run + (first - begin),
+                    end - first,
+                    halves,
+                    ROWS,
+                    HALVES,
+                    PER_BLOCK,
+                    NESTED,
+                )
+                a, b, c, d, backs = all_x(x, first, end, cols, M, HALVES, BF16)
+                totals = add_rows(words, factors, a, b, c, d, backs, lane, totals, ROWS, HALVES, M, CHAINS)
+            store_rows(totals, bias, out, now * ROWS, rows, ROWS, HALVES, M, BIAS and SPLIT == 1)
+            run += stride
 
 
 @triton.jit
-def plain_kernel(
-    x,
-    codes,
-    scales,
-    nested,
-    offset,
-    dynamic,
-    codebook,
+def combine_kernel(
+    partial,
     bias,
     out,
-    m,
+    n,
     rows,
-    cols,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    M: tl.constexpr,
-    BLOCKSIZE: tl.constexpr,
-    NESTED: tl.constexpr,
-    BIAS: tl.constexpr,
-):
-    """The same product in fp32 by table, without PTX, for any number of columns: x [m, cols], out [m, rows].
-
-    M rows of x a program. Blocks may begin anywhere.
-    """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row_mask = row < rows
-    acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    x_row = tl.program_id(1).to(tl.int64)
-    for first in range(0, cols, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
-        mask = row_mask[:, None] & (column < cols)[None, :]
-        place = row.to(tl.int64)[:, None] * cols + column[None, :]
-        scale = load_scale(scales, nested, offset, dynamic, place // BLOCKSIZE, mask, NESTED)
-        pair = tl.load(codes + place // 2, mask=mask, other=0).to(tl.int32)
-        code = tl.where(place % 2 == 0, pair >> 4, pair & 15)
-        value = tl.load(x + x_row * cols + column, mask=column < cols, other=0.0).to(tl.float32)
-        acc += tl.load(codebook + code) * scale * value[None, :]
-    result = tl.sum(acc, axis=1)
-    if BIAS:
-        result += tl.load(bias + row, mask=row_mask, other=0.0).to(tl.float32)
-    tl.store(out + x_row * rows + row, result.to(out.dtype.element_ty), mask=row_mask)
-
-
-@triton.jit
-def fp16_rows_kernel(x, out, powers, cols, COLUMNS: tl.constexpr):
-    """x [m, cols] -> out fp16 [m, cols] = x / power, powers fp32 [m]: 2**k that brings a row's largest to 2**3 .. 2**4.
-
-    One program a row. With 64 products of codes at most 1 a block, sums of fp16 products are taken in fp32 anyway; the
-    margin below 65,504 is for nothing, the one above 2**-24 for values 2**27 times smaller than the largest.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, COLUMNS)
-    largest = tl.zeros([COLUMNS], dtype=tl.float32)
-    for first in range(0, cols, COLUMNS):
-        value = tl.load(x + row * cols + first + column, mask=first + column < cols, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(value))
-    exponent = (tl.max(largest, axis=0).to(tl.int32, bitcast=True) >> 23) & 0xFF
-    exponent = tl.minimum(tl.maximum(exponent, 5), 254)
-    factor = ((257 - exponent) << 23).to(tl.float32, bitcast=True)
-    for first in range(0, cols, COLUMNS):
-        mask = first + column < cols
-        value = tl.load(x + row * cols + first + column, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out + row * cols + first + column, (value * factor).to(tl.float16), mask=mask)
-    tl.store(powers + row, ((exponent - 3) << 23).to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def mma_kernel(
-    x,
-    powers,
-    codes,
-    scales,
-    nested,
-    offset,
-    dynamic,
-    codebook,
-    bias,
-    out,
-    m,
-    rows,
-    cols,
-    split_steps,
-    ROWS: tl.constexpr,
-    M: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCKSIZE: tl.constexpr,
-    NESTED: tl.constexpr,
-    BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
-    FP4: tl.constexpr,
-    WIDE: tl.constexpr,
-    PTX: tl.constexpr,
+    BIAS: tl.constexpr,
+    TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """x fp16 [m, cols], to be multiplied by powers fp32 [m]; out [m, rows], or fp32 [SPLIT, m, rows] if SPLIT > 1.
-
-    A program takes ROWS rows of the matrix, M rows of x and BLOCKS runs of 64 columns a step, of the
-    ``split_steps`` steps that are its share. cols is a multiple of 64 * BLOCKS.
-    """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row_mask = row < rows
-    x_row = tl.program_id(2) * M + tl.arange(0, M)
-    x_mask = x_row < m
-    steps = cols // (64 * BLOCKS)
-    begin = tl.program_id(1) * split_steps
-    end = tl.minimum(begin + split_steps, steps)
-    byte = tl.arange(0, 32)
-    # of each 8 weights a word holds, the first four and the last four are multiplied apart
-    column = (byte // 4) * 8 + byte % 4
-    code_at = codes + row.to(tl.int64)[:, None] * (cols // 2) + byte[None, :]
-    x_at = x + x_row[None, :] * cols + column[:, None]
-    block_at = row.to(tl.int64) * (cols // 64)
-    acc = tl.zeros([ROWS, M], dtype=tl.float32)
-    for step in tl.range(begin, end, num_stages=STAGES):
-        for b in tl.static_range(BLOCKS):
-            block = step * BLOCKS + b
-            packed = tl.load(code_at + block * 32, mask=row_mask[:, None], other=0)
-            first = tl.load(x_at + block * 64, mask=x_mask[None, :], other=0.0)
-            second = tl.load(x_at + block * 64 + 4, mask=x_mask[None, :], other=0.0)
-            scale = load_scale(
-                scales, nested, offset, dynamic, (block_at + block) // (BLOCKSIZE // 64), row_mask, NESTED
-            )
-            if PTX:
-                part = tl.dot(bytes_to_quad(packed, False, FP4, WIDE), first)
-                part = tl.dot(bytes_to_quad(packed, True, FP4, WIDE), second, part)
-            else:
-                # the same products, the two weights of a byte apart
-                even = tl.load(codebook + (packed >> 4).to(tl.int32)).to(tl.float16)
-                odd = tl.load(codebook + (packed & 15).to(tl.int32)).to(tl.float16)
-                pair = x + x_row[None, :] * cols + block * 64 + 2 * byte[:, None]
-                part = tl.dot(even, tl.load(pair, mask=x_mask[None, :], other=0.0))
-                part = tl.dot(odd, tl.load(pair + 1, mask=x_mask[None, :], other=0.0), part)
-            acc += part * scale[:, None]
-    acc = acc * tl.load(powers + x_row, mask=x_mask, other=0.0)[None, :]
-    if BIAS and SPLIT == 1:
-        acc += tl.load(bias + row, mask=row_mask, other=0.0).to(tl.float32)[:, None]
-    at = out + (tl.program_id(1).to(tl.int64) * m + x_row[None, :]) * rows + row[:, None]
-    tl.store(at, acc.to(out.dtype.element_ty), mask=row_mask[:, None] & x_mask[None, :])
-
-
-@triton.jit
-def combine_kernel(partial, bias, out, n, rows, SPLIT: tl.constexpr, BIAS: tl.constexpr, TILE: tl.constexpr):
     """partial fp32 [SPLIT, n], n = m * rows -> out [n]: their sum in order, plus bias [rows]."""
     place = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    if OVERLAP:
+        place = after_launch_before(place)
     mask = place < n
     total = tl.load(partial + place, mask=mask, other=0.0)
     for i in tl.static_range(1, SPLIT):

@@ -14,8 +14,8 @@ from tuckaway_kernels.linear_4bit.fused import combine_launch
 from tuckaway_kernels.linear_int8.reference import INVERSE_127_SQUARED
 from tuckaway_kernels.selection import Choice
 
-LEAST_INT_MM_ROWS: Final = 17
-"""torch._int_mm takes no fewer rows of x; and for 16 rows tensor cores would wait for the weights anyway."""
+MOST_SCANNED_ROWS: Final = 16
+"""Rows of x that every program looks through for outliers itself, which saves two launches."""
 
 
 def weight_only_product(
@@ -82,12 +82,38 @@ def _weight_only_plan(
 
 
 @dataclass(frozen=True)
+class LlmTile:
+    """What a program of LLM.int8()'s product takes, and with what.
+
+    Args:
+        m: rows of x.
+        rows: of the matrix.
+        columns: a step.
+        warps: 32 threads each.
+        stages: of the software pipeline.
+    """
+
+    m: int
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def llm_tile(m: int, rows: int) -> LlmTile:
+    """Return the tile for a product of ``m`` rows."""
+    if m <= 16:
+        return LlmTile(16, 32, 256, 4, 4)
+    if m <= 64:
+        return LlmTile(64, 64, 128, 4, 4)
+    return LlmTile(128, 128, 128, 8, 3)
+
+
+@dataclass(frozen=True)
 class _LlmPlan:
     find: Launch | None
     quantize: Launch
-    multiply: Launch | None  # None: torch does it
-    split: int
-    rescale: Launch
+    multiply: Launch
 
 
 def llm_int8_product(
@@ -97,35 +123,25 @@ def llm_int8_product(
     bias: torch.Tensor | None,
     threshold: float,
     out: torch.Tensor,
+    tile: LlmTile | None = None,
 ) -> None:
-    """Write LLM.int8()'s product to ``out`` ``[m, rows]``; ``x`` ``[m, cols]`` contiguous. Five launches at most."""
+    """Write LLM.int8()'s product to ``out`` ``[m, rows]``; ``x`` ``[m, cols]`` contiguous. Four launches at most."""
     m, cols = x.shape
     rows = codes.shape[0]
     device = x.device
-    whole = (
-        device.type == "cuda"
-        and torch.version.cuda is not None
-        and m >= LEAST_INT_MM_ROWS
-        and rows % 8 == cols % 8 == 0
-        and codes.data_ptr() % 16 == 0
-    )
     kind = 0 if bias is None else 1 if bias.dtype == torch.float16 else 2
-    plan = _llm_plan(m, rows, cols, threshold > 0.0, kind, whole, out.dtype == torch.float32)
+    plan = _llm_plan(m, rows, cols, threshold > 0.0, kind, tile or llm_tile(m, rows))
     quantized = torch.empty((m, cols), dtype=torch.int8, device=device)
     scales = torch.empty(m, dtype=torch.float32, device=device)
     flags, outliers = quantized, scales
     limit = _threshold(threshold, device)
+    if threshold > 0.0:
+        outliers = torch.empty(1 + cols, dtype=torch.int32, device=device)
     if plan.find is not None:
         flags = torch.zeros(cols, dtype=torch.int8, device=device)
-        outliers = torch.empty(1 + cols, dtype=torch.int32, device=device)
         plan.find(x, flags, limit)
     plan.quantize(x, flags, limit, quantized, scales, outliers, kernel_reciprocal_table(device))
-    if plan.multiply is None:
-        product = torch._int_mm(quantized, codes.t())
-    else:
-        product = torch.empty((plan.split, m, rows), dtype=torch.int32, device=device)
-        plan.multiply(quantized, codes, product)
-    plan.rescale(product, scales, absmax, absmax if bias is None else bias, x, outliers, codes, out)
+    plan.multiply(quantized, codes, scales, absmax, absmax if bias is None else bias, x, outliers, out)
 
 
 @cache
@@ -134,16 +150,16 @@ def _threshold(threshold: float, device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _llm_plan(m: int, rows: int, cols: int, outliers: bool, bias: int, whole: bool, fp32: bool) -> _LlmPlan:
+def _llm_plan(m: int, rows: int, cols: int, outliers: bool, bias: int, tile: LlmTile) -> _LlmPlan:
     from tuckaway_kernels.linear_int8.llm_kernel import (
         find_outliers_kernel,
         integer_kernel,
         quantize_activations_kernel,
-        rescale_kernel,
     )
 
     find = None
-    if outliers:
+    scan = outliers and m <= MOST_SCANNED_ROWS
+    if outliers and not scan:
         grid = -(-cols // 256), -(-m // 64), 1
         find = Launch(find_outliers_kernel, grid, (m, cols), {"ROWS": 64, "COLUMNS": 256}, warps=4)
     width = min(1 << (cols - 1).bit_length(), 4096)
@@ -151,40 +167,26 @@ def _llm_plan(m: int, rows: int, cols: int, outliers: bool, bias: int, whole: bo
         quantize_activations_kernel,
         (m + outliers, 1, 1),
         (m, cols),
-        {"COLUMNS": width, "OUTLIERS": outliers, "PTX": has_ptx()},
+        {"COLUMNS": width, "OUTLIERS": outliers, "SCAN": scan, "PTX": has_ptx()},
         warps=8 if width == 4096 else 4,
     )
-    multiply, split = None, 1
-    if not whole:
-        steps = -(-cols // 128)
-        tile_m = 16 if m <= 16 else 64
-        if m <= 64:
-            split = 4 if steps >= 16 else 2 if steps >= 8 else 1
-        multiply = Launch(
-            integer_kernel,
-            (-(-rows // 64), split, -(-m // tile_m)),
-            (m, rows, cols, -(-steps // split)),
-            {"ROWS": 64, "M": tile_m, "COLUMNS": 128, "STAGES": 3},
-            warps=2,
-            stages=3,
-        )
-    tile_m = 16 if m <= 16 else 64
-    tile_rows = 32 if m <= 16 else 64
-    rescale = Launch(
-        rescale_kernel,
-        (-(-rows // tile_rows), -(-m // tile_m), 1),
+    multiply = Launch(
+        integer_kernel,
+        (-(-rows // tile.rows) * -(-m // tile.m), 1, 1),
         (m, rows, cols),
         {
             "INVERSE_127_SQUARED": INVERSE_127_SQUARED,
             "INVERSE_127": INVERSE_127,
-            "SPLIT": split,
             "BIAS": bias,
             "OUTLIERS": outliers,
-            "M": tile_m,
-            "ROWS": tile_rows,
-            "COLUMNS": 16,
+            "M": tile.m,
+            "ROWS": tile.rows,
+            "COLUMNS": tile.columns,
+            "EVEN": cols % tile.columns == 0,
+            "STAGES": tile.stages,
+            "GROUP": 8,
         },
-        warps=2 if m <= 16 else 4,
-        stages=1,
+        warps=tile.warps,
+        stages=tile.stages,
     )
-    return _LlmPlan(find, quantize, multiply, split, rescale)
+    return _LlmPlan(find, quantize, multiply)

@@ -1,8 +1,8 @@
 """LLM.int8() in few launches, the host asking nothing: which columns hold outliers is found and used on the device.
 
-`find_outliers_kernel` marks the columns; `quantize_activations_kernel` quantizes the rows of x, and one program more
-makes a list of the marked columns; `integer_kernel` multiplies codes (or torch does); `rescale_kernel` gives the result
-and adds the product of the outlier columns by decoded weights, of which it reads those columns alone.
+`find_outliers_kernel` marks the columns (few rows need no launch of its own for that); `quantize_activations_kernel`
+quantizes the rows of x, and one program more makes a list of the marked columns; `integer_kernel` multiplies codes and
+adds the product of the outlier columns by decoded weights, of which it reads those columns alone.
 """
 # mypy: ignore-errors
 
@@ -35,6 +35,21 @@ def find_outliers_kernel(x, flags, threshold, m, cols, ROWS: tl.constexpr, COLUM
 
 
 @triton.jit
+def marked(x, flags, threshold, m, cols, column, COLUMNS: tl.constexpr, SCAN: tl.constexpr):
+    """1 for each of these columns [COLUMNS] that holds an outlier, else 0: int32."""
+    if SCAN:
+        limit = tl.load(threshold)
+        largest = tl.zeros([COLUMNS], dtype=tl.float32)
+        for row in range(0, m):
+            value = load_half(x + row * cols + column, column < cols)
+            largest = tl.maximum(largest, tl.where(value == value, tl.abs(value), 0.0))
+        flag = (largest >= limit).to(tl.int32)
+    else:
+        flag = tl.load(flags + column, mask=column < cols, other=0).to(tl.int32)
+    return flag
+
+
+@triton.jit
 def quantize_activations_kernel(
     x,
     flags,
@@ -47,6 +62,7 @@ def quantize_activations_kernel(
     cols,
     COLUMNS: tl.constexpr,
     OUTLIERS: tl.constexpr,
+    SCAN: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """Quantize x [m, cols] -> codes int8 [m, cols], scales fp32 [m].
@@ -54,7 +70,7 @@ def quantize_activations_kernel(
     With OUTLIERS also outliers int32 [1 + cols]: how many, then which columns.
 
     Entries that reach the threshold do not count in a row's scale; columns that hold one get the code 0. One program a
-    row, and one that makes the list.
+    row, and one that makes the list. SCAN: each looks through all rows for outliers itself and reads no flags.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
@@ -71,14 +87,15 @@ def quantize_activations_kernel(
             inside = left + column < cols
             value = load_half(x + row * cols + left + column, inside)
             if OUTLIERS:
-                value = tl.where(tl.load(flags + left + column, mask=inside, other=0) != 0, 0.0, value)
+                flag = marked(x, flags, threshold, m, cols, left + column, COLUMNS, SCAN)
+                value = tl.where(flag != 0, 0.0, value)
             tl.store(codes + row * cols + left + column, encode(value, rate, PTX), mask=inside)
         tl.store(scales + row, scale)
     else:
         if OUTLIERS:
             count = 0
             for left in range(0, cols, COLUMNS):
-                flag = tl.load(flags + left + column, mask=left + column < cols, other=0).to(tl.int32)
+                flag = marked(x, flags, threshold, m, cols, left + column, COLUMNS, SCAN)
                 place = count + tl.cumsum(flag, axis=0)
                 tl.store(outliers + place, left + column, mask=flag != 0)
                 count += tl.sum(flag, axis=0)
@@ -86,42 +103,8 @@ def quantize_activations_kernel(
 
 
 @triton.jit
-def integer_kernel(
-    x,
-    codes,
-    out,
-    m,
-    rows,
-    cols,
-    split_steps,
-    ROWS: tl.constexpr,
-    M: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """X int8 [m, cols] by codes int8 [rows, cols], transposed -> out int32 [splits, m, rows], exact."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row_mask = row < rows
-    x_row = tl.program_id(2) * M + tl.arange(0, M)
-    x_mask = x_row < m
-    column = tl.arange(0, COLUMNS)
-    begin = tl.program_id(1) * split_steps
-    end = tl.minimum(begin + split_steps, tl.cdiv(cols, COLUMNS))
-    code_at = codes + row.to(tl.int64)[:, None] * cols + column[None, :]
-    x_at = x + x_row[None, :].to(tl.int64) * cols + column[:, None]
-    acc = tl.zeros([ROWS, M], dtype=tl.int32)
-    for step in tl.range(begin, end, num_stages=STAGES):
-        inside = step * COLUMNS + column < cols
-        code = tl.load(code_at + step * COLUMNS, mask=row_mask[:, None] & inside[None, :], other=0)
-        value = tl.load(x_at + step * COLUMNS, mask=x_mask[None, :] & inside[:, None], other=0)
-        acc = tl.dot(code, value, acc, out_dtype=tl.int32)
-    at = out + (tl.program_id(1).to(tl.int64) * m + x_row[None, :]) * rows + row[:, None]
-    tl.store(at, acc, mask=row_mask[:, None] & x_mask[None, :])
-
-
-@triton.jit
-def rescale_kernel(
-    product,
+def finish(
+    total,
     x_scales,
     absmax,
     bias,
@@ -129,32 +112,25 @@ def rescale_kernel(
     outliers,
     codes,
     out,
+    x_row,
+    row,
     m,
     rows,
     cols,
     INVERSE_127_SQUARED: tl.constexpr,
     INVERSE_127: tl.constexpr,
-    SPLIT: tl.constexpr,
     BIAS: tl.constexpr,
     OUTLIERS: tl.constexpr,
     M: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Product int32 [SPLIT, m, rows] -> out [m, rows]: times both scales, plus bias, as fp16, plus the outlier columns.
+    """Total int32 [M, ROWS] -> out: times both scales, plus bias, as fp16, plus the product of the outlier columns.
 
     BIAS: 0, none; 1, fp16, added before the rounding; 2, another, after it. COLUMNS outlier columns a step.
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    x_row = (tl.program_id(1) * M + tl.arange(0, M)).to(tl.int64)
     row_mask = row < rows
     x_mask = x_row < m
-    mask = x_mask[:, None] & row_mask[None, :]
-    at = x_row[:, None] * rows + row[None, :]
-    size = tl.full([1, 1], 1, dtype=tl.int64) * m * rows
-    total = tl.load(product + at, mask=mask, other=0)
-    for i in tl.static_range(1, SPLIT):
-        total += tl.load(product + size * i + at, mask=mask, other=0)
     weight_scale = tl.load(absmax + row, mask=row_mask, other=0.0)
     scaled = total.to(tl.float32) * tl.load(x_scales + x_row, mask=x_mask, other=0.0)[:, None]
     scaled = scaled * weight_scale[None, :]
@@ -186,4 +162,79 @@ def rescale_kernel(
             right = (code.to(tl.float32) * factor).to(dtype)
             acc = tl.dot(left, right, acc, input_precision="ieee")
         result += acc
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
+    at = x_row[:, None] * rows + row[None, :]
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=x_mask[:, None] & row_mask[None, :])
+
+
+@triton.jit
+def integer_kernel(
+    quantized,
+    codes,
+    x_scales,
+    absmax,
+    bias,
+    x,
+    outliers,
+    out,
+    m,
+    rows,
+    cols,
+    INVERSE_127_SQUARED: tl.constexpr,
+    INVERSE_127: tl.constexpr,
+    BIAS: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    M: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Quantized int8 [m, cols] by codes int8 [rows, cols], transposed; exact, then `finish`: out [m, rows].
+
+    EVEN: cols is a multiple of COLUMNS. Programs are ordered so that GROUP tiles of x share what they read of codes.
+    """
+    m_tiles = (m + M - 1) // M
+    tiles = (rows + ROWS - 1) // ROWS
+    program = tl.program_id(0)
+    group = program // (GROUP * tiles)
+    height = tl.minimum(m_tiles - group * GROUP, GROUP)
+    x_row = (group * GROUP + program % (GROUP * tiles) % height) * M + tl.arange(0, M)
+    row = program % (GROUP * tiles) // height * ROWS + tl.arange(0, ROWS)
+    x_mask = x_row < m
+    row_mask = row < rows
+    column = tl.arange(0, COLUMNS)
+    x_at = quantized + x_row.to(tl.int64)[:, None] * cols + column[None, :]
+    code_at = codes + row.to(tl.int64)[:, None] * cols + column[None, :]
+    acc = tl.zeros([M, ROWS], dtype=tl.int32)
+    for first in tl.range(0, cols, COLUMNS, num_stages=STAGES):
+        if EVEN:
+            value = tl.load(x_at + first, mask=x_mask[:, None], other=0)
+            code = tl.load(code_at + first, mask=row_mask[:, None], other=0)
+        else:
+            inside = (first + column < cols)[None, :]
+            value = tl.load(x_at + first, mask=x_mask[:, None] & inside, other=0)
+            code = tl.load(code_at + first, mask=row_mask[:, None] & inside, other=0)
+        acc = tl.dot(value, code.T, acc, out_dtype=tl.int32)
+    finish(
+        acc,
+        x_scales,
+        absmax,
+        bias,
+        x,
+        outliers,
+        codes,
+        out,
+        x_row.to(tl.int64),
+        row,
+        m,
+        rows,
+        cols,
+        INVERSE_127_SQUARED,
+        INVERSE_127,
+        BIAS,
+        OUTLIERS,
+        M,
+        ROWS,
+        16,
+    )
