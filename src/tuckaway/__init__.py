@@ -23,6 +23,7 @@ from tuckaway.load import (
     dispatch_model,
     load_and_quantize_model,
     load_checkpoint_and_dispatch,
+    load_checkpoint_in_model,
 )
 from tuckaway.paging import materialize
 from tuckaway.plan import Plan, get_balanced_memory, infer_auto_device_map, memory_footprint, plan
@@ -49,6 +50,7 @@ __all__ = [
     "init_on_device",
     "load_and_quantize_model",
     "load_checkpoint_and_dispatch",
+    "load_checkpoint_in_model",
     "materialize",
     "memory_footprint",
     "plan",

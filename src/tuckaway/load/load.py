@@ -8,6 +8,7 @@ import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,10 @@ from tuckaway.plan import (
     tied_groups,
 )
 from tuckaway.plan.memory import parse_bytes
+from tuckaway.plan.ties import ancestors
 from tuckaway.tensor import TensorSpec, components_of
 
-__all__ = ["load_and_quantize_model", "load_checkpoint_and_dispatch", "run"]
+__all__ = ["load_and_quantize_model", "load_checkpoint_and_dispatch", "run", "with_preloaded"]
 
 _log = logging.getLogger("tuckaway")
 
@@ -177,7 +179,6 @@ def load_checkpoint_and_dispatch(
     """Load a checkpoint into a model as it is, unquantized, and place it over GPU, CPU and disk.
 
     accelerate's function of this name, with its parameters. A checkpoint that is quantized already stays quantized.
-    Blocks are paged whole, so ``preload_module_classes`` and ``force_hooks`` change nothing.
 
     Args:
         model: built under :func:`~tuckaway.init_empty_weights`.
@@ -190,8 +191,8 @@ def load_checkpoint_and_dispatch(
         dtype: dtype of all float tensors; ``None``: the checkpoint's stay what the model has.
         offload_state_dict: accepted; loading never holds a state dict in memory.
         skip_keys: as there.
-        preload_module_classes: accepted.
-        force_hooks: accepted.
+        preload_module_classes: class names of modules that are paged whole, like ``no_split_module_classes``.
+        force_hooks: move inputs to where the model is, even where all of it is on the CPU.
         strict: refuse a checkpoint with tensors the model has no place for; missing ones are always refused.
         main_device: as there.
         slots: as there.
@@ -208,13 +209,14 @@ def load_checkpoint_and_dispatch(
         None,
         dtype=dtype,
         device_map=device_map,
-        no_split_module_classes=no_split_module_classes,
+        no_split_module_classes=with_preloaded(model, no_split_module_classes, preload_module_classes),
         max_memory=max_memory,
         offload_folder=offload_folder,
         main_device=main_device,
         offload_buffers=offload_buffers,
         skip_keys=skip_keys,
         strict=strict,
+        hooks=True if force_hooks else None,
         slots=slots,
         disk_cache_bytes=disk_cache_bytes,
         progress=progress,
@@ -250,10 +252,16 @@ def run(
     progress: bool | None,
     dtype: torch.dtype | str | None = None,
     own_config: bool = True,
+    keep_in_fp32: Sequence[str] = (),
+    hooks: bool | None = None,
     slots: int | None = None,
     disk_cache_bytes: int | str = 0,
 ) -> nn.Module:
-    """Do the whole job; ``checkpoint=None`` takes the weights that the model has. The public functions call this."""
+    """Do the whole job; ``checkpoint=None`` takes the weights that the model has. The public functions call this.
+
+    Beyond their parameters: ``keep_in_fp32``, paths or trailing parts of paths of modules whose floats stay in fp32;
+    and ``hooks``, whether inputs are moved to where a model without pages is (``None``: unless it is on the CPU).
+    """
     planned = device_map if isinstance(device_map, Plan) else None
     if isinstance(device_map, Plan):
         slots = device_map.slots if slots is None else slots
@@ -273,6 +281,8 @@ def run(
         raise ConfigError(f"slots must be at least 1, not {slots}")
     disk_cache_bytes = parse_bytes(disk_cache_bytes)
     wanted, reasons = choose_specs(model, config, dtype=dtype, strict=own_config)
+    if keep_in_fp32:
+        wanted = kept_in_fp32(wanted, keep_in_fp32)
     groups = tied_groups(model)
     match = _match(model, checkpoint, wanted, groups, config, strict=strict)
     specs = {**wanted, **match.specs}
@@ -322,8 +332,9 @@ def run(
                 )
                 undo.callback(homes.abort)
             _carry_out(
-                model, checkpoint, match, plan, homes, skip_keys=skip_keys, slots=slots, progress=progress
-            )
+                model, checkpoint, match, plan, homes,
+                hooks=hooks, skip_keys=skip_keys, slots=slots, progress=progress,
+            )  # fmt: skip
             undo.pop_all()
     except (MemoryError, RuntimeError, OSError) as error:
         if not _means_out_of_memory(error):
@@ -338,6 +349,32 @@ def run(
     model.hf_device_map = dict(placement)  # type: ignore[assignment]
     model.quantization_report = quantization_report(specs, reasons, placement, ties=groups)  # type: ignore[assignment]
     return model
+
+
+def with_preloaded(
+    model: nn.Module, whole: Sequence[str] | str | None, preloaded: Sequence[str] | str | None
+) -> Sequence[str] | None:
+    """Return the classes whose modules are paged whole, those included that accelerate would preload."""
+    if not preloaded:
+        return [whole] if isinstance(whole, str) else whole
+    named = getattr(model, "_no_split_modules", None) if whole is None else whole
+    together = [*([named] if isinstance(named, str) else named or ())]
+    return [*together, *([preloaded] if isinstance(preloaded, str) else preloaded)]
+
+
+def kept_in_fp32(specs: Mapping[str, TensorSpec], modules: Sequence[str]) -> dict[str, TensorSpec]:
+    """Return the specs with the floats of some modules, named by a path or a trailing part of one, in fp32."""
+    ends = tuple(f".{name}" for name in modules)
+
+    def is_kept(name: str) -> bool:
+        return any(f".{path}".endswith(ends) for path in ancestors(name.rpartition(".")[0]) if path)
+
+    return {
+        name: replace(spec, dtype=torch.float32)
+        if spec.layout is None and spec.dtype.is_floating_point and is_kept(name)
+        else spec
+        for name, spec in specs.items()
+    }
 
 
 def _weights_by_device(
@@ -361,6 +398,7 @@ def _carry_out(
     plan: PagePlan,
     homes: PageHomes | None,
     *,
+    hooks: bool | None,
     slots: int,
     skip_keys: str | Sequence[str] | None,
     progress: bool | None,
@@ -375,7 +413,8 @@ def _carry_out(
         undo.callback(restoration(model))
         bind_resident(model, match, resident)
         bind_kept(model, match, plan.specs, plan.resident.get)
-        if plan.pages or plan.moved or plan.execution_device.type != "cpu":
+        moves = plan.moved or plan.execution_device.type != "cpu" if hooks is None else hooks
+        if plan.pages or moves:
             attach(model, plan, homes, slots=slots, skip_keys=skip_keys)
         # else there is nothing to bring anywhere: an ordinary model, which can be copied, pickled and moved
         undo.pop_all()
