@@ -22,7 +22,7 @@ from tuckaway.checkpoint.entry import FileIdentity, TensorEntry, open_regular
 from tuckaway.checkpoint.seal import verified
 from tuckaway.errors import CheckpointError, HeaderError, StoreError, TruncatedError
 
-__all__ = ["DTYPES", "MAX_HEADER", "Header", "loads_strictly", "parse_header", "read_header"]
+__all__ = ["DTYPES", "MAX_HEADER", "Header", "header_length", "loads_strictly", "parse_header", "read_header"]
 
 MAX_HEADER = 100_000_000
 """Bytes of the longest header that safetensors accepts."""
@@ -116,14 +116,27 @@ def parse_header(
 
 def _read_text(fd: int, size: int, path: Path) -> tuple[int, bytes]:
     """Return where the tensors start and the header's bytes; nothing is allocated before sizes are checked."""
-    length = int.from_bytes(_read(fd, 0, 8, size, path), "little")
+    length = header_length(_read(fd, 0, 8, size, path), size, path)
+    return 8 + length, _read(fd, 8, length, size, path)
+
+
+def header_length(first: bytes, size: int, path: Path) -> int:
+    """Return the header's length, of which ``first`` are the 8 bytes, in a file of ``size`` bytes.
+
+    Raises:
+        HeaderError: it is longer than the format allows.
+        TruncatedError: the file is too short for it.
+    """
+    length = int.from_bytes(first, "little")
     if length > MAX_HEADER:
         raise HeaderError(
             f"the header is to have {length} bytes, more than the {MAX_HEADER} allowed",
             where=f"{path}, byte 0",
             hint="this is hardly a safetensors file",
         )
-    return 8 + length, _read(fd, 8, length, size, path)
+    if 8 + length > size:
+        raise _truncated(path, 8 + length, size, "its header does")
+    return length
 
 
 def _read(fd: int, offset: int, count: int, size: int, path: Path) -> bytes:

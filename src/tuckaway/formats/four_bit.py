@@ -33,6 +33,7 @@ __all__ = ["NESTED_BLOCKSIZE", "FourBit"]
 NESTED_BLOCKSIZE = 256
 """Scales that share one scale of their own; bitsandbytes writes no other."""
 
+_MAX_COUNT = 2**63 - 1  # torch counts elements in int64
 _CPU = torch.device("cpu")
 
 
@@ -44,7 +45,7 @@ class FourBit(Format):
 
     @override
     def component_specs(self, layout: Layout) -> Specs:
-        blocks = math.ceil(layout.numel / layout.blocksize)
+        blocks = -(-layout.numel // layout.blocksize)
         specs: Specs = {"codes": (((layout.numel + 1) // 2,), torch.uint8)}
         if not layout.nested:
             specs["absmax"] = ((blocks,), torch.float32)
@@ -196,6 +197,10 @@ class FourBit(Format):
         if nested:
             sources["nested_absmax"] = f"{name}.nested_absmax"
             offset = _field(key, state, "nested_offset", float, int)
+            if isinstance(offset, int) and abs(offset) > _MAX_COUNT:
+                raise CheckpointError(
+                    "unreadable quantization state: a nested_offset beyond all scales", where=key
+                )
             values["nested_offset"] = torch.tensor(offset, dtype=torch.float32)
             maps[f"{name}.nested_quant_map"] = dynamic_map(_CPU)
         self._check(key, layout, sources, entries)
@@ -268,7 +273,7 @@ def _state_key(name: str, format: str) -> str:
 
 def _read_layout(key: str, format: str, state: dict[str, Any]) -> Layout:
     shape, blocksize = _field(key, state, "shape", list), _field(key, state, "blocksize", int)
-    if not all(type(n) is int and n >= 0 for n in shape):
+    if not all(type(n) is int and 0 <= n <= _MAX_COUNT for n in shape) or math.prod(shape) > _MAX_COUNT:
         raise CheckpointError(f"unreadable quantization state: shape {shape!r}", where=key)
     if not 32 <= blocksize <= 4096 or blocksize & (blocksize - 1):
         raise CheckpointError(f"unreadable quantization state: blocksize {blocksize!r}", where=key)
