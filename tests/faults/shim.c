@@ -50,9 +50,8 @@ static int fails(int concerns, int kind, const char *name) {
 }
 
 #define REAL(type, name, ...) static type (*real)(__VA_ARGS__); if (!real) *(void **)&real = dlsym(RTLD_NEXT, #name)
-#define CALL(type, name, kind, concerns, declared, passed, types) \
-    type name declared { REAL(type, name, types); return fails(concerns, kind, #name) ? -1 : real passed; }
-#define COMMA ,
+#define CALL(type, name, kind, concerns, declared, passed, ...) \
+    type name declared { REAL(type, name, __VA_ARGS__); return fails(concerns, kind, #name) ? -1 : real passed; }
 
 #define OPEN(name)                                                                                     \
     int name(const char *path, int flags, ...) {                                                       \
@@ -67,29 +66,33 @@ static int fails(int concerns, int kind, const char *name) {
 OPEN(open)
 OPEN(open64)
 
-#define BOTH(type, name, kind, concerns, declared, passed, types) \
-    CALL(type, name, kind, concerns, declared, passed, types)     \
-    CALL(type, name##64, kind, concerns, declared, passed, types)
+#define BOTH(type, name, kind, concerns, declared, passed, ...)        \
+    CALL(type, name, kind, concerns, declared, passed, __VA_ARGS__)    \
+    CALL(type, name##64, kind, concerns, declared, passed, __VA_ARGS__)
 
-CALL(ssize_t, read, READING, open_inside(fd), (int fd, void *b, size_t n), (fd, b, n), int COMMA void * COMMA size_t)
-CALL(ssize_t, write, WRITING, open_inside(fd), (int fd, const void *b, size_t n), (fd, b, n),
-     int COMMA const void * COMMA size_t)
+CALL(ssize_t, read, READING, open_inside(fd), (int fd, void *b, size_t n), (fd, b, n), int, void *, size_t)
+CALL(ssize_t, write, WRITING, open_inside(fd), (int fd, const void *b, size_t n), (fd, b, n), int, const void *, size_t)
 BOTH(ssize_t, pread, READING, open_inside(fd), (int fd, void *b, size_t n, off_t o), (fd, b, n, o),
-     int COMMA void * COMMA size_t COMMA off_t)
+     int, void *, size_t, off_t)
 BOTH(ssize_t, pwrite, WRITING, open_inside(fd), (int fd, const void *b, size_t n, off_t o), (fd, b, n, o),
-     int COMMA const void * COMMA size_t COMMA off_t)
+     int, const void *, size_t, off_t)
 BOTH(ssize_t, preadv, READING, open_inside(fd), (int fd, const struct iovec *v, int n, off_t o), (fd, v, n, o),
-     int COMMA const struct iovec * COMMA int COMMA off_t)
-BOTH(int, ftruncate, WRITING, open_inside(fd), (int fd, off_t n), (fd, n), int COMMA off_t)
-BOTH(int, fstat, READING, open_inside(fd), (int fd, struct stat *s), (fd, s), int COMMA struct stat *)
-BOTH(int, stat, READING, inside(p), (const char *p, struct stat *s), (p, s), const char * COMMA struct stat *)
-BOTH(int, statvfs, READING, inside(p), (const char *p, struct statvfs *s), (p, s),
-     const char * COMMA struct statvfs *)
+     int, const struct iovec *, int, off_t)
+CALL(ssize_t, preadv64v2, READING, open_inside(fd), (int fd, const struct iovec *v, int n, off_t o, int f),
+     (fd, v, n, o, f), int, const struct iovec *, int, off_t, int)
+BOTH(int, ftruncate, WRITING, open_inside(fd), (int fd, off_t n), (fd, n), int, off_t)
+CALL(int, fstat64, READING, open_inside(fd), (int fd, struct stat64 *s), (fd, s), int, struct stat64 *)
+CALL(int, stat64, READING, inside(p), (const char *p, struct stat64 *s), (p, s), const char *, struct stat64 *)
+CALL(int, statvfs64, READING, inside(p), (const char *p, struct statvfs64 *s), (p, s), const char *, struct statvfs64 *)
 CALL(int, fsync, WRITING, open_inside(fd), (int fd), (fd), int)
-CALL(int, mkdir, WRITING, inside(p), (const char *p, mode_t m), (p, m), const char * COMMA mode_t)
-CALL(int, rename, WRITING, inside(a), (const char *a, const char *b), (a, b), const char * COMMA const char *)
+CALL(int, mkdir, WRITING, inside(p), (const char *p, mode_t m), (p, m), const char *, mode_t)
+CALL(int, rename, WRITING, inside(a), (const char *a, const char *b), (a, b), const char *, const char *)
 CALL(int, unlink, WRITING, inside(p), (const char *p), (p), const char *)
-CALL(int, flock, WRITING, open_inside(fd), (int fd, int o), (fd, o), int COMMA int)
+CALL(int, flock, WRITING, open_inside(fd), (int fd, int o), (fd, o), int, int)
+void *opendir(const char *p) {
+    REAL(void *, opendir, const char *);
+    return fails(inside(p), READING, "opendir") ? 0 : real(p);
+}
 
 /* posix_fallocate returns the number and leaves errno alone */
 #define ALLOCATE(name)                                                                 \

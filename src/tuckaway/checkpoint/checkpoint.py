@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tuckaway.checkpoint.entry import TensorEntry
+from tuckaway.checkpoint.entry import TensorEntry, reading
 from tuckaway.checkpoint.header import read_header
 from tuckaway.checkpoint.hub import fetch, is_repo_id
 from tuckaway.checkpoint.index import (
@@ -93,8 +93,10 @@ class Checkpoint:
             >>> Checkpoint.open(folder).entries["w"].shape
             (2, 3)
         """
-        path = _locate(location, revision, allow_pickle)
-        if path.is_dir():
+        with reading(location, "cannot look for it"):
+            path = _locate(location, revision, allow_pickle)
+            is_folder = path.is_dir()
+        if is_folder:
             folder = path
             path, passed_over = find_weights(folder)
             if passed_over:
@@ -124,7 +126,9 @@ class Checkpoint:
             UnsafePathError: it is a link out of the folder.
         """
         path = self.directory / "config.json"
-        if not path.is_file():
+        with reading(path):
+            there = path.is_file()
+        if not there:
             return None
         resolve_inside(self.directory, path.name, path)
         try:

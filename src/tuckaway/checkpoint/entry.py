@@ -5,16 +5,42 @@ from __future__ import annotations
 import math
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from tuckaway.errors import CheckpointError, CheckpointNotFound, TruncatedError, UnsafePathError
+from tuckaway.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    TruncatedError,
+    TuckawayError,
+    UnsafePathError,
+)
 
-__all__ = ["FileIdentity", "ResidentEntry", "StridedEntry", "TensorEntry", "open_regular"]
+__all__ = ["FileIdentity", "ResidentEntry", "StridedEntry", "TensorEntry", "open_regular", "reading"]
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
+@contextmanager
+def reading(path: object, what: str = "cannot read it") -> Iterator[None]:
+    """Turn an ``OSError`` inside into a ``CheckpointError`` that names the path.
+
+    Raises:
+        CheckpointNotFound: the file is not there.
+        CheckpointError: the system refused.
+    """
+    try:
+        yield
+    except TuckawayError:
+        raise
+    except FileNotFoundError as error:
+        raise CheckpointNotFound("no such file", where=path) from error
+    except OSError as error:
+        raise CheckpointError(f"{what}: {error.strerror or error}", where=path) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +65,8 @@ class FileIdentity:
             TruncatedError: it is shorter now.
             CheckpointError: it was replaced or written to.
         """
-        now = FileIdentity.of(fd)
+        with reading(path):
+            now = FileIdentity.of(fd)
         if now == self:
             return
         if now.size < self.size:
@@ -111,15 +138,17 @@ def open_regular(path: Path) -> int:
         UnsafePathError: a folder, pipe, socket or device.
         CheckpointError: the system refused.
     """
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UnsafePathError("this is not a regular file", where=path)
-        fd = os.open(path, _FLAGS)
-    except FileNotFoundError as error:
-        raise CheckpointNotFound("no such file", where=path) from error
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        raise CheckpointError(f"cannot open it: {getattr(error, 'strerror', error)}", where=path) from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):  # it was replaced in between
-        os.close(fd)
-        raise UnsafePathError("this is not a regular file", where=path)
+    with reading(path, "cannot open it"):
+        try:
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise UnsafePathError("this is not a regular file", where=path)
+            fd = os.open(path, _FLAGS)
+        except ValueError as error:  # a zero byte in the name
+            raise CheckpointError(f"cannot open it: {error}", where=path) from error
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):  # it was replaced in between
+                raise UnsafePathError("this is not a regular file", where=path)
+        except BaseException:
+            os.close(fd)
+            raise
     return fd

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from tuckaway import files
-from tuckaway.checkpoint.entry import FileIdentity, TensorEntry, open_regular
+from tuckaway.checkpoint.entry import FileIdentity, TensorEntry, open_regular, reading
 from tuckaway.checkpoint.seal import verified
 from tuckaway.errors import CheckpointError, HeaderError, StoreError, TruncatedError
 
@@ -91,7 +91,8 @@ def read_header(path: files.PathLike, *, verify: bool = True) -> Header:
     path = Path(path)
     fd = open_regular(path)
     try:
-        identity = FileIdentity.of(fd)
+        with reading(path):
+            identity = FileIdentity.of(fd)
         start, text = _read_text(fd, identity.size, path)
     finally:
         os.close(fd)

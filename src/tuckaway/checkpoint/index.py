@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from tuckaway import files
-from tuckaway.checkpoint.entry import TensorEntry, open_regular
+from tuckaway.checkpoint.entry import TensorEntry, open_regular, reading
 from tuckaway.checkpoint.header import MAX_HEADER, loads_strictly
 from tuckaway.checkpoint.seal import check_index
 from tuckaway.errors import (
     CheckpointError,
     CheckpointNotFound,
     ShardIndexError,
+    StoreError,
     UnsafeFormatError,
     UnsafePathError,
 )
@@ -91,7 +92,8 @@ def read_index(path: files.PathLike, *, verify: bool = True) -> ShardIndex:
     names = sorted(set(weight_map.values()))
     check_one_format(names, path)
     shards = {name: resolve_inside(path.parent, name, path) for name in names}
-    missing = [name for name, shard in shards.items() if not shard.exists()]
+    with reading(path.parent, "cannot look for the shards"):
+        missing = [name for name, shard in shards.items() if not shard.exists()]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ShardIndexError(
@@ -135,13 +137,17 @@ def parse_index(text: bytes, path: Path, *, verify: bool = True) -> tuple[dict[s
 def _read_all(path: Path) -> bytes:
     fd = open_regular(path)
     try:
-        size = os.fstat(fd).st_size
+        with reading(path):
+            size = os.fstat(fd).st_size
         if size > MAX_HEADER:
             raise ShardIndexError(
                 f"an index of {size} bytes is longer than the {MAX_HEADER} allowed", where=path
             )
         data = bytearray(size)
-        got = files.read_at(fd, memoryview(data), 0, path)
+        try:
+            got = files.read_at(fd, memoryview(data), 0, path)
+        except StoreError as error:
+            raise CheckpointError(f"cannot read the index: {error.what}", where=path) from error
     finally:
         os.close(fd)
     return bytes(data[:got])
@@ -191,7 +197,8 @@ def resolve_inside(folder: Path, name: str, where: Path | None = None) -> Path:
             hint=_DISTRUST,
         )
     path = folder / name
-    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    with reading(path, "cannot follow its links"):
+        real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     if real.is_relative_to(root) or _is_blob(real, root):
         return path
     raise UnsafePathError(

@@ -22,7 +22,14 @@ from typing import Any
 
 import torch
 
-from tuckaway.checkpoint.entry import FileIdentity, ResidentEntry, StridedEntry, TensorEntry, open_regular
+from tuckaway.checkpoint.entry import (
+    FileIdentity,
+    ResidentEntry,
+    StridedEntry,
+    TensorEntry,
+    open_regular,
+    reading,
+)
 from tuckaway.errors import CheckpointError, HeaderError, TruncatedError, UnsafeFormatError
 
 __all__ = ["read_pickle"]
@@ -50,17 +57,14 @@ def read_pickle(path: Path) -> dict[str, TensorEntry]:
         CheckpointNotFound: there is no such file.
         UnsafePathError: it is no regular file.
     """
-    with os.fdopen(open_regular(path), "rb") as file:
+    with reading(path), os.fdopen(open_regular(path), "rb") as file:
         identity = FileIdentity.of(file.fileno())
         if file.read(len(_ZIP)) != _ZIP:
             file.seek(0)
             _log.warning("%s has the format of torch before 1.6: all of it is read into memory", path)
             tensors = _tensors(_load(file, path, "cpu"), path)
             return {name: _resident(name, tensor, path, identity) for name, tensor in tensors.items()}
-        try:
-            records = _records(file, identity.size, path)
-        except OSError as error:
-            raise CheckpointError(f"cannot read the archive: {error.strerror}", where=path) from error
+        records = _records(file, identity.size, path)
         file.seek(0)
         tensors = _tensors(_load(file, path, "meta"), path)
         if not all(_offset(tensor) in records for tensor in tensors.values()):
@@ -78,7 +82,9 @@ def _records(file: io.BufferedReader, size: int, path: Path) -> dict[int, int]:
     try:
         with zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError) as error:
+    except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError) as error:
+        if isinstance(error.__context__, OSError):  # zipfile calls a file that it could not read no archive
+            raise error.__context__ from None
         raise TruncatedError(
             f"the archive's directory cannot be read: {error}", where=path, hint=_AGAIN
         ) from error
@@ -129,6 +135,8 @@ def _records(file: io.BufferedReader, size: int, path: Path) -> dict[int, int]:
 def _load(file: io.BufferedReader, path: Path, device: str) -> Any:
     try:
         return torch.load(file, map_location=device, weights_only=True)
+    except OSError:
+        raise
     except Exception as error:  # what a damaged pickle raises is anything: KeyError, IndexError, struct.error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise UnsafeFormatError(

@@ -111,7 +111,7 @@ class CheckpointWriter:
         if self._lock is not None or self._done:
             raise CheckpointError("a writer makes one plan", where=self.directory)
         layouts = plan_shards(specs, self._max_bytes, self.metadata)
-        self._made_folder = not self.directory.exists()
+        self._made_folder = not files.exists(self.directory)
         files.make_folder(self.directory)
         lock = files.FolderLock(self.directory / _LOCK)
         if not lock.acquire():
@@ -131,7 +131,7 @@ class CheckpointWriter:
 
     def _begin(self, layouts: list[ShardLayout]) -> None:
         tag = ""
-        if any((self.directory / name).exists() for name in (_SINGLE, _INDEX)):
+        if any(files.exists(self.directory / name) for name in (_SINGLE, _INDEX)):
             tag = f"-{secrets.token_hex(4)}"
         for number, layout in enumerate(layouts, 1):
             name = (
@@ -209,9 +209,8 @@ class CheckpointWriter:
 
     def _publish(self, index: Path, single: Path) -> None:
         """Give the shards their names, then the index its, and remove a single file; a failure takes all of it back."""
-        shadowed = (
-            single.exists()
-        )  # readers prefer it to the index: its removal is the commit, not the index's rename
+        # readers prefer a single file to the index: its removal is the commit then, not the index's rename
+        shadowed = files.exists(single)
         with files.AtomicFile(index) as new_index:
             new_index.write(self._index())
             new_index.finish()
@@ -225,15 +224,15 @@ class CheckpointWriter:
                     files.remove(single)
             except BaseException:
                 # looked up, not counted: an interrupt may come right behind the call that commits
-                if single.exists() if shadowed else new_index.temp.exists():
+                if files.exists(single if shadowed else new_index.temp):
                     for path in [index] * shadowed + [shard.file.path for shard in self._shards]:
                         files.remove(path)
                 raise
 
     def _superseded(self, index: Path) -> set[Path]:
         """Shards of the checkpoint that was there, and those that a killed writer left without an index."""
-        old = {path for path in self.directory.iterdir() if _SHARD.fullmatch(path.name)}
-        if index.exists():
+        old = {self.directory / name for name in files.names_in(self.directory) if _SHARD.fullmatch(name)}
+        if files.exists(index):
             with suppress(CheckpointError):  # a broken one names nothing that could be removed
                 old.update(p for p in read_index(index).shards.values() if p.parent == self.directory)
         return old

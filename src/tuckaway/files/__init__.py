@@ -13,7 +13,9 @@ from tuckaway.files.checksum import crc32, crc32_combine
 from tuckaway.files.lock import FolderLock
 from tuckaway.files.system import (
     PathLike,
+    exists,
     make_folder,
+    names_in,
     read_at,
     remove,
     remove_folder,
@@ -31,7 +33,9 @@ __all__ = [
     "PathLike",
     "crc32",
     "crc32_combine",
+    "exists",
     "make_folder",
+    "names_in",
     "read_at",
     "reap",
     "remove",

@@ -15,7 +15,17 @@ import psutil
 
 from tuckaway.files import system
 from tuckaway.files.lock import try_lock
-from tuckaway.files.system import FLAGS, PathLike, remove, replace, reserve, sync_folder, typed, write_at
+from tuckaway.files.system import (
+    FLAGS,
+    PathLike,
+    names_in,
+    remove,
+    replace,
+    reserve,
+    sync_folder,
+    typed,
+    write_at,
+)
 
 __all__ = ["AtomicFile", "reap", "write_atomically"]
 
@@ -124,10 +134,8 @@ def reap(folder: PathLike) -> tuple[Path, ...]:
     Raises:
         StoreError: a temp cannot be removed.
     """
-    with typed("list the folder", folder):
-        names = sorted(os.listdir(folder))
     gone = []
-    for name in names:
+    for name in names_in(folder):
         match = _TEMP.fullmatch(name)
         if match is not None and match[1] == _HOST and not psutil.pid_exists(int(match[2])):
             path = Path(folder) / name

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from tuckaway.errors import StoreBusy, StoreError
+from tuckaway.errors import StoreBusy
 from tuckaway.files.system import FLAGS, UNSUPPORTED, PathLike, remove, typed
 
 try:
@@ -58,24 +58,26 @@ class FolderLock:
         Raises:
             StoreError: the lock file cannot be made.
         """
-        with typed("lock it", self.path):
-            while self._fd < 0 or not self._is_current():
-                # Between open and lock its last holder may have removed the file: then that lock guards nothing.
-                self._close()
-                self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | FLAGS, 0o666)
-                if not try_lock(self._fd, shared=shared):
+        held = False
+        try:
+            with typed("lock it", self.path):
+                while self._fd < 0 or not self._is_current():
+                    # Between open and lock its last holder may have removed the file: then that lock guards nothing.
                     self._close()
-                    return False
-            if not try_lock(self._fd, shared=shared):
+                    self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | FLAGS, 0o666)
+                    if not try_lock(self._fd, shared=shared):
+                        return False
+                held = try_lock(self._fd, shared=shared)
+        finally:
+            if not held:
                 self._close()
-                return False
-        return True
+        return held
 
     def release(self) -> None:
         """Give the lock back, and remove its file if nobody else shares it. Twice does no harm."""
         try:
-            if self._fd >= 0 and _HAS_FLOCK and try_lock(self._fd) and self._is_current():
-                with suppress(StoreError):  # a lock file that stays is nobody's lock
+            with suppress(OSError):  # a lock file that stays is nobody's lock
+                if self._fd >= 0 and _HAS_FLOCK and try_lock(self._fd) and self._is_current():
                     remove(self.path)
         finally:
             self._close()

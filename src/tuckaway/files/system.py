@@ -17,7 +17,9 @@ __all__ = [
     "FLAGS",
     "UNSUPPORTED",
     "PathLike",
+    "exists",
     "make_folder",
+    "names_in",
     "read_at",
     "remove",
     "remove_folder",
@@ -181,6 +183,26 @@ def remove(path: PathLike) -> bool:
         except FileNotFoundError:
             return False
         return True
+
+
+def exists(path: PathLike) -> bool:
+    """Whether there is a file or folder.
+
+    Raises:
+        StoreError: the system does not say.
+    """
+    with typed("look for it", path):
+        return Path(path).exists()
+
+
+def names_in(folder: PathLike) -> list[str]:
+    """Return the names in a folder, in order.
+
+    Raises:
+        StoreError: it cannot be listed.
+    """
+    with typed("list the folder", folder):
+        return sorted(os.listdir(folder))
 
 
 def make_folder(path: PathLike) -> Path:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from tuckaway.checkpoint import Checkpoint, Ring
+from tuckaway.checkpoint.entry import reading
 from tuckaway.config import QuantizationConfig
 from tuckaway.errors import ConfigError, LoadOutOfMemoryError, PagingError, PlanError, TuckawayError
 from tuckaway.load.bind import bind_kept, bind_resident, cast_kept, check_kept, restoration
@@ -508,7 +509,8 @@ def _fingerprint(checkpoint: Checkpoint | None, kept: Sequence[torch.Tensor]) ->
         return uuid.uuid4().hex  # weights in memory have no identity that outlasts the process
     parts = []
     for path in checkpoint.files:
-        status = path.stat()
+        with reading(path):
+            status = path.stat()
         parts.append(f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}")
     for tensor in kept:
         parts.extend(f"{zlib.crc32(_bytes(part)):08x}" for part in components_of(tensor).values())
