@@ -12,6 +12,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdarg.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -34,8 +35,12 @@ void fault_arm(long n, int error, int which) { counted = 0; at = n; number = err
 long fault_counted(void) { return counted; }
 const char *fault_last(void) { return last; }
 
-static int inside(const char *path) { return folder[0] && path && !strncmp(path, folder, strlen(folder)); }
 static int open_inside(int fd) { return fd >= 0 && fd < (int)sizeof watched && watched[fd]; }
+static int inside(const char *path) {
+    if (!folder[0] || !path) return 0;
+    if (!strncmp(path, "/proc/self/fd/", 14)) return open_inside(atoi(path + 14)); /* opened again by number */
+    return !strncmp(path, folder, strlen(folder));
+}
 
 static int fails(int concerns, int kind, const char *name) {
     int failing = 0;

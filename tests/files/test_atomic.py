@@ -102,11 +102,13 @@ def temp_name(pid: int, host: str = atomic._HOST) -> str:
 def test_reap_removes_what_a_dead_process_left_and_nothing_else(tmp_path):
     dead = dead_process()
     stale = tmp_path / temp_name(dead)
-    kept = [temp_name(os.getpid()), temp_name(dead, "ffffffff"), ".x.tmp", "model.safetensors", "notes.tmp"]
+    kept = [temp_name(dead, "ffffffff"), ".x.tmp", "model.safetensors", "notes.tmp"]
     for name in [stale.name, *kept]:
         (tmp_path / name).write_bytes(b"x")
     with files.AtomicFile(tmp_path / "mine"):
-        assert files.reap(tmp_path) == (stale,)
+        own = tmp_path / temp_name(os.getpid())  # could not be removed when it was discarded
+        own.write_bytes(b"x")
+        assert sorted(files.reap(tmp_path)) == sorted([stale, own])
         assert len(os.listdir(tmp_path)) == len(kept) + 1
     assert sorted(os.listdir(tmp_path)) == sorted(kept)
 

@@ -1,45 +1,14 @@
 from __future__ import annotations
 
-import builtins
 import itertools
 import random
 import zlib
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from tuckaway.paging import checksums as module
-from tuckaway.paging.checksums import PageSums, cells, combine, crc32
+from tuckaway.paging.checksums import PageSums, cells
 from tuckaway.paging.page import PageLayout
-
-
-@given(st.binary(max_size=300), st.binary(max_size=300))
-def test_two_checksums_make_one(first, second):
-    assert combine(crc32(first), crc32(second), len(second)) == zlib.crc32(first + second)
-
-
-def test_long_stretches_are_combined():
-    zeros = bytes(3 * 2**20 + 5)
-    assert combine(crc32(b"x"), crc32(zeros), len(zeros)) == zlib.crc32(b"x" + zeros)
-
-
-@pytest.mark.parametrize("missing", [(), ("isal",), ("isal", "zlib_ng")])
-def test_whatever_is_installed_gives_the_same_value(monkeypatch, missing):
-    found = builtins.__import__
-
-    def importing(name, *rest):
-        if name.split(".")[0] in missing:
-            raise ImportError(name)
-        return found(name, *rest)
-
-    monkeypatch.setattr(module.importlib, "import_module", lambda n: importing(n, {}, {}, ["crc32"], 0))
-    module._implementation.cache_clear()
-    data = bytes(range(256)) * 40
-    assert crc32(data) == zlib.crc32(data)
-    assert crc32(data[7:], crc32(data[:7])) == zlib.crc32(data)
-    module._implementation.cache_clear()
 
 
 @pytest.mark.parametrize("cell", [1, 100, 256, 512, 4096, 2**20])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from tuckaway import files
 from tuckaway.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -149,6 +150,6 @@ def open_regular(path: Path) -> int:
             if not stat.S_ISREG(os.fstat(fd).st_mode):  # it was replaced in between
                 raise UnsafePathError("this is not a regular file", where=path)
         except BaseException:
-            os.close(fd)
+            files.close(fd)
             raise
     return fd

@@ -8,7 +8,6 @@ library refuses is refused; so are names that occur twice, which it lets the las
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,7 +94,7 @@ def read_header(path: files.PathLike, *, verify: bool = True) -> Header:
             identity = FileIdentity.of(fd)
         start, text = _read_text(fd, identity.size, path)
     finally:
-        os.close(fd)
+        files.close(fd)
     return parse_header(text, path, start, identity, verify=verify)
 
 

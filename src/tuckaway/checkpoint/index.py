@@ -149,7 +149,7 @@ def _read_all(path: Path) -> bytes:
         except StoreError as error:
             raise CheckpointError(f"cannot read the index: {error.what}", where=path) from error
     finally:
-        os.close(fd)
+        files.close(fd)
     return bytes(data[:got])
 
 

@@ -367,7 +367,7 @@ class _Source:
     def close(self) -> None:
         """Close the file as it is."""
         if self.fd >= 0:
-            os.close(self.fd)
+            files.close(self.fd)
         self.fd, self.path, self.entry = -1, None, None
 
 

@@ -30,7 +30,7 @@ import logging
 import re
 import secrets
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -248,13 +248,14 @@ class CheckpointWriter:
 
     def discard(self) -> None:
         """Remove every trace of what was not committed. Twice, or after a commit, does no harm."""
-        for shard in self._shards:
-            shard.file.discard()
-        self._shards.clear()
-        self._of.clear()
-        self._release()
-        if self._made_folder and not self._done:
-            files.remove_folder(self.directory)
+        with ExitStack() as each:  # all of it, whatever fails on the way
+            if self._made_folder and not self._done:
+                each.callback(files.remove_folder, self.directory)
+            each.callback(self._release)
+            for shard in self._shards:
+                each.callback(shard.file.discard)
+            self._shards.clear()
+            self._of.clear()
 
     def _release(self) -> None:
         if self._lock is not None:

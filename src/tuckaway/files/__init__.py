@@ -13,6 +13,7 @@ from tuckaway.files.checksum import crc32, crc32_combine
 from tuckaway.files.lock import FolderLock
 from tuckaway.files.system import (
     PathLike,
+    close,
     exists,
     make_folder,
     names_in,
@@ -22,6 +23,7 @@ from tuckaway.files.system import (
     replace,
     require_space,
     reserve,
+    status,
     sync,
     sync_folder,
     write_at,
@@ -31,6 +33,7 @@ __all__ = [
     "AtomicFile",
     "FolderLock",
     "PathLike",
+    "close",
     "crc32",
     "crc32_combine",
     "exists",
@@ -43,6 +46,7 @@ __all__ = [
     "replace",
     "require_space",
     "reserve",
+    "status",
     "sync",
     "sync_folder",
     "write_at",

@@ -18,6 +18,7 @@ from tuckaway.files.lock import try_lock
 from tuckaway.files.system import (
     FLAGS,
     PathLike,
+    close,
     names_in,
     remove,
     replace,
@@ -31,6 +32,8 @@ __all__ = ["AtomicFile", "reap", "write_atomically"]
 
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 _TEMP = re.compile(r"\..+\.([0-9a-f]{8})-([0-9]+)-[0-9a-f]{12}\.tmp")
+
+_in_use: set[Path] = set()  # temps of this process
 
 
 class AtomicFile:
@@ -63,8 +66,10 @@ class AtomicFile:
         self._end = 0
         with typed("create it", self.temp):
             self._fd = os.open(self.temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | FLAGS, 0o666)
+        _in_use.add(self.temp)
         try:
-            try_lock(self._fd)
+            with typed("lock it", self.temp):
+                try_lock(self._fd)
             if nbytes is not None:
                 reserve(self._fd, nbytes, self.temp)
         except BaseException:
@@ -84,7 +89,7 @@ class AtomicFile:
         if self._fd >= 0:
             system.sync(self._fd, self.temp)
             fd, self._fd = self._fd, -1
-            os.close(fd)
+            close(fd)
 
     def commit(self, *, sync: bool = True) -> None:
         """Finish, and give the file its name.
@@ -94,14 +99,16 @@ class AtomicFile:
         """
         self.finish()
         replace(self.temp, self.path)
+        _in_use.discard(self.temp)
         if sync:
             sync_folder(self.path.parent)
 
     def discard(self) -> None:
         """Close and remove the temp; nothing happens after a commit."""
+        _in_use.discard(self.temp)  # what cannot be removed is left to :func:`reap`
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            os.close(fd)
+            close(fd)
         remove(self.temp)
 
     def __enter__(self) -> AtomicFile:
@@ -129,7 +136,7 @@ def reap(folder: PathLike) -> tuple[Path, ...]:
     """Remove the temps that killed processes of this machine left in ``folder``, and return their paths.
 
     A temp goes only when its process is gone and its lock is free: the process number alone misleads between
-    containers, the lock alone on network file systems.
+    containers, the lock alone on network file systems. One of this process goes if it could not be removed before.
 
     Raises:
         StoreError: a temp cannot be removed.
@@ -137,10 +144,12 @@ def reap(folder: PathLike) -> tuple[Path, ...]:
     gone = []
     for name in names_in(folder):
         match = _TEMP.fullmatch(name)
-        if match is not None and match[1] == _HOST and not psutil.pid_exists(int(match[2])):
-            path = Path(folder) / name
-            if _is_unlocked(path) and remove(path):
-                gone.append(path)
+        if match is None or match[1] != _HOST:
+            continue
+        path, owner = Path(folder) / name, int(match[2])
+        abandoned = path not in _in_use if owner == os.getpid() else not psutil.pid_exists(owner)
+        if abandoned and _is_unlocked(path) and remove(path):
+            gone.append(path)
     return tuple(gone)
 
 
@@ -152,4 +161,4 @@ def _is_unlocked(path: Path) -> bool:
     try:
         return try_lock(fd)
     finally:
-        os.close(fd)
+        close(fd)

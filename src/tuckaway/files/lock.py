@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tuckaway.errors import StoreBusy
-from tuckaway.files.system import FLAGS, UNSUPPORTED, PathLike, remove, typed
+from tuckaway.files.system import FLAGS, UNSUPPORTED, PathLike, close, remove, typed
 
 try:
     import fcntl
@@ -91,7 +91,7 @@ class FolderLock:
     def _close(self) -> None:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            os.close(fd)
+            close(fd)
 
     def __enter__(self) -> FolderLock:
         if not self.acquire():

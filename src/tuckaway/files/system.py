@@ -17,6 +17,7 @@ __all__ = [
     "FLAGS",
     "UNSUPPORTED",
     "PathLike",
+    "close",
     "exists",
     "make_folder",
     "names_in",
@@ -26,6 +27,7 @@ __all__ = [
     "replace",
     "require_space",
     "reserve",
+    "status",
     "sync",
     "sync_folder",
     "typed",
@@ -185,6 +187,15 @@ def remove(path: PathLike) -> bool:
         return True
 
 
+def close(fd: int) -> None:
+    """Close a descriptor; it is closed even where the system reports a failure.
+
+    That can only concern writes that were not synced, and whoever needs his writes has synced them.
+    """
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
 def exists(path: PathLike) -> bool:
     """Whether there is a file or folder.
 
@@ -193,6 +204,16 @@ def exists(path: PathLike) -> bool:
     """
     with typed("look for it", path):
         return Path(path).exists()
+
+
+def status(fd: int, path: object = None) -> os.stat_result:
+    """Return what the system knows of an open file.
+
+    Raises:
+        StoreError: it does not say.
+    """
+    with typed("look at it", path):
+        return os.fstat(fd)
 
 
 def names_in(folder: PathLike) -> list[str]:

@@ -1,49 +1,24 @@
-"""CRC-32 of a page in cells, from pieces that come in any order: :func:`crc32`, :class:`PageSums`.
+"""CRC-32 of a page in cells, from pieces that come in any order: :class:`PageSums`.
 
 A page is checked cell by cell (:data:`CELL` bytes), by whichever thread read the cell, while it is in that core's
 cache. Writers give whole tensors, which do not end where cells do; so the checksums of the parts are put together as
-polynomials, and no byte is read back. CRC-32 is what Python itself computes at 1 to 6 GB/s a thread; where ``isal`` or
-``zlib_ng`` is installed, the very same value comes at 30. It detects accident, not tampering.
+polynomials, and no byte is read back.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from tuckaway import files
 from tuckaway.paging.page import PageLayout
 
-__all__ = ["CELL", "PageSums", "cells", "combine", "crc32"]
+__all__ = ["CELL", "PageSums", "cells"]
 
 CELL = 8 * 2**20
 """Bytes of a cell, the last of a page shorter: what a reading thread takes at once, and one copy carries (53.6 GB/s;
 36.9 at 1 MiB). A multiple of 4096."""
-
-_POLYNOMIAL = 0xEDB88320  # reflected, as zlib has it
-_ONE = 0x80000000
-
-
-@functools.cache
-def _implementation() -> Callable[[Any, int], int]:
-    for package, name in (("isal", "isal_zlib"), ("zlib_ng", "zlib_ng")):
-        try:
-            found: Callable[[Any, int], int] = importlib.import_module(f"{package}.{name}").crc32
-        except ImportError:
-            continue
-        return found
-    return zlib.crc32
-
-
-def crc32(data: Any, value: int = 0) -> int:
-    """Return the CRC-32 of a contiguous buffer, continuing ``value``.
-
-    >>> crc32(b"pages", crc32(b"paged ")) == zlib.crc32(b"paged pages")
-    True
-    """
-    return _implementation()(data, value)
 
 
 def cells(nbytes: int, cell: int = CELL) -> list[tuple[int, int]]:
@@ -55,41 +30,9 @@ def cells(nbytes: int, cell: int = CELL) -> list[tuple[int, int]]:
     return [(start, min(cell, nbytes - start)) for start in range(0, nbytes, cell)]
 
 
-def combine(first: int, second: int, nbytes: int) -> int:
-    """Return the CRC-32 of two stretches from theirs; ``nbytes`` is the size of the second.
-
-    >>> combine(zlib.crc32(b"ab"), zlib.crc32(b"cde"), 3) == zlib.crc32(b"abcde")
-    True
-    """
-    return _times(_shift(nbytes), first) ^ second
-
-
-@functools.lru_cache(4096)
-def _shift(nbytes: int) -> int:
-    """The polynomial x to the power of ``8 * nbytes``."""
-    result, power = _ONE, 0x00800000  # 1, and x^8
-    while nbytes:
-        if nbytes & 1:
-            result = _times(result, power)
-        power = _times(power, power)
-        nbytes >>= 1
-    return result
-
-
-def _times(a: int, b: int) -> int:
-    """Multiply two polynomials over GF(2), modulo CRC-32's."""
-    product = 0
-    while a:
-        if a & _ONE:
-            product ^= b
-        a = (a << 1) & 0xFFFFFFFF
-        b = (b >> 1) ^ _POLYNOMIAL if b & 1 else b >> 1
-    return product
-
-
 @functools.lru_cache(256)
 def _zeros(nbytes: int) -> int:
-    return crc32(bytes(nbytes))
+    return files.crc32(bytes(nbytes))
 
 
 class PageSums:
@@ -98,7 +41,7 @@ class PageSums:
     Bytes between components are zeros.
 
     Example:
-        >>> import torch
+        >>> import torch, zlib
         >>> sums = PageSums(PageLayout([(("a", ""), (3,), torch.uint8)]), 256)
         >>> sums.add(2, b"c")
         >>> sums.add(0, b"ab")
@@ -125,7 +68,7 @@ class PageSums:
         at = 0
         while at < view.nbytes:
             end = min(view.nbytes, at + self.cell - (offset + at) % self.cell)
-            self._parts.append((offset + at, end - at, crc32(view[at:end])))
+            self._parts.append((offset + at, end - at, files.crc32(view[at:end])))
             at = end
 
     def item_at(self, offset: int, nbytes: int) -> int:
@@ -154,7 +97,7 @@ class PageSums:
         for offset, nbytes, value in sorted(self._parts):
             number = offset // self.cell
             self._pad(values, ends, number, offset)
-            values[number] = combine(values[number], value, nbytes)
+            values[number] = files.crc32_combine(values[number], value, nbytes)
             ends[number] = offset + nbytes
         for number, (start, size) in enumerate(ranges):
             self._pad(values, ends, number, start + size)
@@ -164,4 +107,4 @@ class PageSums:
     def _pad(values: list[int], ends: Sequence[int], number: int, to: int) -> None:
         gap = to - ends[number]
         if gap > 0:
-            values[number] = combine(values[number], _zeros(gap), gap)
+            values[number] = files.crc32_combine(values[number], _zeros(gap), gap)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tuckaway import files
 from tuckaway.errors import StoreCorrupt, StoreStale
 from tuckaway.paging.page import PageLayout
 
@@ -59,7 +60,7 @@ def refuse_foreign(folder: Path, manifest: dict[str, Any] | None) -> None:
         raise StoreStale(
             "the offload folder holds another model, or this one in another format", where=folder, hint=EMPTY
         )
-    names = {entry.name for entry in os.scandir(folder)}
+    names = files.names_in(folder)
     if "index.json" in names or any(name.endswith(".dat") for name in names):
         raise StoreStale(
             "the offload folder holds weights that accelerate offloaded", where=folder, hint=EMPTY

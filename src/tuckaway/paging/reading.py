@@ -20,7 +20,7 @@ import torch
 
 from tuckaway import files
 from tuckaway.errors import ChecksumError, StoreCorrupt, StoreError
-from tuckaway.paging.checksums import cells, crc32
+from tuckaway.paging.checksums import cells
 from tuckaway.paging.manifest import REMOVE
 from tuckaway.paging.page import EXTENT, PageLayout, aligned
 from tuckaway.paging.residency import PageCache
@@ -70,7 +70,7 @@ class CellReader:
         self._verified: set[tuple[int, int]] = set()
         self._guard = threading.Lock()
         self._identity = self._look()
-        self._cache = PageCache(fd, os.fstat(fd).st_size)
+        self._cache = PageCache(fd, self._identity[2])
         self._direct_fd = _around_the_cache(fd)
 
     def refresh(self) -> None:
@@ -132,7 +132,7 @@ class CellReader:
             start, size = self._cells[index][number]
             out = torch.empty(size, dtype=torch.uint8)
             self._read(out, self._starts[index] + start, size)
-            self.checksums[index][number] = crc32(byte_view(out))
+            self.checksums[index][number] = files.crc32(byte_view(out))
         with self._guard:
             self._identity = self._look()
 
@@ -167,7 +167,7 @@ class CellReader:
         return (index, number) not in self._verified
 
     def _check(self, index: int, number: int, view: memoryview) -> None:
-        if crc32(view) != self.checksums[index][number]:
+        if files.crc32(view) != self.checksums[index][number]:
             start, size = self._cells[index][number]
             names = [
                 item.key[0]
@@ -185,7 +185,7 @@ class CellReader:
     def _look(self) -> tuple[int, ...]:
         if self._fd < 0:
             raise StoreError("the store is closed", where=self.path)
-        stat = os.fstat(self._fd)
+        stat = files.status(self._fd, self.path)
         return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
     def close(self) -> None:
@@ -194,7 +194,7 @@ class CellReader:
         self._fd = -1
         if self._direct_fd >= 0:
             fd, self._direct_fd = self._direct_fd, -1
-            os.close(fd)
+            files.close(fd)
 
 
 def _around_the_cache(fd: int) -> int:

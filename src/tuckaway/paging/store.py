@@ -113,6 +113,7 @@ class Store:
                 )
             else:
                 refuse_foreign(path, manifest)
+                files.reap(path)
                 store._begin()
         except BaseException:
             store.close()
@@ -145,7 +146,7 @@ class Store:
             raise StoreCorrupt(
                 f"cannot open the pages: {error.strerror}", where=self.path, hint=REMOVE
             ) from error
-        size = os.fstat(self._fd).st_size
+        size = files.status(self._fd, self.path).st_size
         if size != self.nbytes:
             raise StoreCorrupt(f"{size} bytes instead of {self.nbytes}", where=self.path, hint=REMOVE)
         self._reader = self._readable(checksums, cell)
@@ -160,7 +161,9 @@ class Store:
         try:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, 0o666)
         except OSError as error:
-            raise StoreError(f"cannot write the pages: {error.strerror}", where=self.path) from error
+            refused = StoreError(f"cannot write the pages: {error.strerror}", where=self.path)
+            refused.errno = error.errno
+            raise refused from error
         try:
             files.reserve(self._fd, self.nbytes, self.path)
         except BaseException:
@@ -241,7 +244,7 @@ class Store:
             raise StoreBusy("others use the store that is to be changed", where=self.folder, hint=ANOTHER)
         fd = os.open(self.path, os.O_RDWR | _FLAGS)
         if not os.path.samestat(os.fstat(fd), os.fstat(self._fd)):
-            os.close(fd)
+            files.close(fd)
             raise StoreCorrupt("the file was replaced by another", where=self.path, hint=REMOVE)
         self._write_fd = fd
         files.remove(self.folder / MANIFEST)
@@ -315,7 +318,7 @@ class Store:
         rewritten, fds = self._write_fd >= 0, [fd for fd in (self._write_fd, self._fd) if fd >= 0]
         self._write_fd = self._fd = -1
         for fd in fds:
-            os.close(fd)
+            files.close(fd)
         if owner:  # a forked process leaves the file and the lock to the one that opened them
             if rewritten:
                 files.remove(self.path)
@@ -327,6 +330,9 @@ class Store:
 
     def abort(self) -> None:
         """Close, and remove what was written if it was never committed."""
-        if not self.reusable and self._fd >= 0 and self._pid == os.getpid():
-            files.remove(self.path)
-        self.close()
+        try:
+            if not self.reusable and self._fd >= 0 and self._pid == os.getpid():
+                files.remove(self.folder / MANIFEST)  # a commit may have failed behind it
+                files.remove(self.path)
+        finally:
+            self.close()
