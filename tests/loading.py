@@ -109,8 +109,10 @@ def read_all(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def edit(path: Path, change: Any) -> None:
-    """Rewrite a JSON file."""
+    """Rewrite a JSON file, an index's checksum aside."""
     content = json.loads(path.read_text())
+    for key in ("tuckaway.checksums", "tuckaway.crc32"):
+        content.get("metadata", {}).pop(key, None)
     change(content)
     path.write_text(json.dumps(content))
 
