@@ -18,12 +18,15 @@ from tuckaway.errors import __all__ as _errors
 from tuckaway.integrations.registration import register_when_imported
 from tuckaway.integrations.transformers.pretrained import from_pretrained
 from tuckaway.load import (
+    Merge,
+    Split,
     cpu_offload,
     disk_offload,
     dispatch_model,
     load_and_quantize_model,
     load_checkpoint_and_dispatch,
     load_checkpoint_in_model,
+    register_rules,
 )
 from tuckaway.paging import materialize
 from tuckaway.plan import Plan, get_balanced_memory, infer_auto_device_map, memory_footprint, plan
@@ -37,9 +40,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Conversion",
+    "Merge",
     "Plan",
     "QuantizationConfig",
     "QuantizedTensor",
+    "Split",
     "cpu_offload",
     "disk_offload",
     "dispatch_model",
@@ -60,6 +65,10 @@ __all__ = [
     *(name for name in _errors if name != "nearest_names"),
 ]
 
+register_rules(
+    "transformers.modeling_utils.PreTrainedModel",
+    "tuckaway.integrations.transformers.conversions:in_model_names",
+)
 register_when_imported()  # transformers, whenever it comes, knows tuckaway's configs
 
 

@@ -49,7 +49,7 @@ def save_model(
         safe_serialization: must be True; pickled checkpoints are not written.
 
     Raises:
-        ConfigError: ``safe_serialization`` is False.
+        ConfigError: ``safe_serialization`` is False, or a module's extra state is no tensor.
         PagingError: a tensor is on the meta device and has no page: the model was never loaded.
         OSError: the folder cannot be written to.
 
@@ -85,7 +85,11 @@ def _names_to_write(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def state_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield parameters and persistent buffers, module by module: the order that they are written in."""
+    """Yield parameters, persistent buffers and extra states, module by module: the order that they are written in.
+
+    Raises:
+        ConfigError: a module's extra state is no tensor, which safetensors cannot hold.
+    """
     for prefix, module in model.named_modules(remove_duplicate=True):
         head = f"{prefix}." if prefix else ""
         for name, parameter in module._parameters.items():
@@ -94,6 +98,15 @@ def state_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 yield head + name, buffer
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            extra = module.get_extra_state()
+            if not isinstance(extra, torch.Tensor):
+                raise ConfigError(
+                    f"an extra state is {type(extra).__name__}, and safetensors hold tensors alone",
+                    where=prefix or type(module).__name__,
+                    hint="return a tensor from get_extra_state()",
+                )
+            yield f"{head}_extra_state", extra
 
 
 def _small_components(model: nn.Module, name: str, tensor: torch.Tensor) -> Components:

@@ -41,7 +41,7 @@ class Setting(nn.Module):
         self.built = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self.__dict__.get("built") and not name.startswith(("_", "training", "quantization_", "hf_")):
+        if self.__dict__.get("built") and not name.startswith(("_", "training")):
             raise AttributeError(f"{name} cannot be set")
         super().__setattr__(name, value)
 
@@ -474,7 +474,7 @@ class ExtraState(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.w = nn.Linear(W, W)
-        self.scale = 1.0
+        self.scale = torch.rand(()).item()
 
     def get_extra_state(self) -> torch.Tensor:
         return torch.tensor(self.scale)

@@ -15,6 +15,12 @@ from zoo.perception_models import PERCEPTION
 ENTRIES = [*LANGUAGE, *PERCEPTION]
 ALL_TOO_SMALL = {"Encodec"}  # convolutions with rows of seven weights, and an LSTM
 
+SAVE = {
+    # the layout of the Hub: experts apart, old names, what is computed left out
+    "nf4": lambda model, folder: model.save_pretrained(folder),
+    "int8": tuckaway.save_model,
+}
+
 
 def test_the_zoo_is_big() -> None:
     names = [entry.name for entry in ENTRIES]
@@ -38,5 +44,5 @@ def test_the_zoo_is_big() -> None:
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_model(entry: Entry, format: str, tmp_path: Path) -> None:
     with one_thread():
-        report = check_model(entry.build, entry.arguments, tuckaway.save_model, format, tmp_path)
+        report = check_model(entry.build, entry.arguments, SAVE[format], format, tmp_path)
     assert report.quantized or entry.name in ALL_TOO_SMALL

@@ -16,15 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from tuckaway.checkpoint import Checkpoint, Ring
+from tuckaway.checkpoint import Checkpoint, Ring, TensorEntry
 from tuckaway.checkpoint.entry import reading
 from tuckaway.config import QuantizationConfig
 from tuckaway.errors import ConfigError, LoadOutOfMemoryError, PagingError, PlanError, TuckawayError
 from tuckaway.load.bind import bind_kept, bind_resident, cast_kept, check_kept, restoration
 from tuckaway.load.copies import check_copies
 from tuckaway.load.fill import fill, fill_from_tensors
-from tuckaway.load.match import Feed, Match, match_checkpoint, match_model
+from tuckaway.load.match import Feed, Match, distinct, match_checkpoint, match_model
+from tuckaway.load.merging import Merge, Split
 from tuckaway.load.place import Destination, InPage, OnDevice, OnDisk
+from tuckaway.load.renaming import renamed
+from tuckaway.load.state_hooks import after_hooks, extra_states, set_extra_states
 from tuckaway.paging import PageHomes, PagePlan, attach, materialize, paging_of, plan_pages
 from tuckaway.plan import (
     Plan,
@@ -72,6 +75,8 @@ def load_and_quantize_model(
     revision: str | None = None,
     slots: int | None = None,
     disk_cache_bytes: int | str = 0,
+    key_mapping: Mapping[str, str] | None = None,
+    conversions: Sequence[Merge | Split] = (),
     progress: bool | None = None,
 ) -> nn.Module:
     """Load a checkpoint into a model, quantizing its weights on the way, wherever they are placed.
@@ -103,6 +108,10 @@ def load_and_quantize_model(
         slots: blocks on the executing device at once. ``None``: what a plan says, or two, which let the next block
             come while one computes; each more, of the largest block's size, lets another one stay, or come, earlier.
         disk_cache_bytes: host memory (``"8GB"``) that a fixed part of the blocks on disk stays in once it was read.
+        key_mapping: regular expressions of names in the checkpoint to what replaces them, applied in this order; as
+            transformers has it. What wrappers add to all names (``module.``, ``_orig_mod.``), or a prefix that one
+            side lacks (``model.``), is found without, and so are the rules that transformers has for its own models.
+        conversions: :class:`~tuckaway.Merge` and :class:`~tuckaway.Split`: tensors of the checkpoint to join or cut.
         progress: show a bar; ``None``: when standard error is a terminal.
 
     Returns:
@@ -151,6 +160,8 @@ def load_and_quantize_model(
         strict=strict,
         slots=slots,
         disk_cache_bytes=disk_cache_bytes,
+        key_mapping=key_mapping,
+        conversions=conversions,
         progress=progress,
         # a pattern of ours that matches nothing is a mistake; others' configs name modules of many models
         own_config=isinstance(given, QuantizationConfig),
@@ -257,6 +268,8 @@ def run(
     hooks: bool | None = None,
     slots: int | None = None,
     disk_cache_bytes: int | str = 0,
+    key_mapping: Mapping[str, str] | None = None,
+    conversions: Sequence[Merge | Split] = (),
 ) -> nn.Module:
     """Do the whole job; ``checkpoint=None`` takes the weights that the model has. The public functions call this.
 
@@ -285,7 +298,17 @@ def run(
     if keep_in_fp32:
         wanted = kept_in_fp32(wanted, keep_in_fp32)
     groups = tied_groups(model)
-    match = _match(model, checkpoint, wanted, groups, config, strict=strict)
+    notes: list[str] = []
+    if checkpoint is not None:
+        checkpoint, notes = renamed(
+            checkpoint,
+            model,
+            [names for names in distinct(wanted, groups) if wanted[names[0]].persistent],
+            key_mapping=key_mapping,
+            conversions=conversions,
+        )
+        checkpoint = after_hooks(checkpoint, model)
+    match = _match(model, checkpoint, wanted, groups, config, strict=strict, notes=notes)
     specs = {**wanted, **match.specs}
     placement = resolve_device_map(
         model,
@@ -347,8 +370,10 @@ def run(
             f"memory ran out while loading: {message}",
             hint="place less on this device with max_memory or device_map",
         )
-    model.hf_device_map = dict(placement)  # type: ignore[assignment]
-    model.quantization_report = quantization_report(specs, reasons, placement, ties=groups)  # type: ignore[assignment]
+    report = quantization_report(specs, reasons, placement, ties=groups, notes=notes)
+    # past the module's own __setattr__, which may refuse what it does not know
+    object.__setattr__(model, "hf_device_map", dict(placement))
+    object.__setattr__(model, "quantization_report", report)
     return model
 
 
@@ -414,6 +439,7 @@ def _carry_out(
         undo.callback(restoration(model))
         bind_resident(model, match, resident)
         bind_kept(model, match, plan.specs, plan.resident.get)
+        undo.callback(set_extra_states(model, match.extra))
         moves = plan.moved or plan.execution_device.type != "cpu" if hooks is None else hooks
         if plan.pages or moves:
             attach(model, plan, homes, slots=slots, skip_keys=skip_keys)
@@ -477,6 +503,7 @@ def _match(
     config: QuantizationConfig | None,
     *,
     strict: bool,
+    notes: Sequence[str] = (),
 ) -> Match:
     if checkpoint is None:
         return match_model(wanted, groups, dict(_named_state(model)))
@@ -487,8 +514,11 @@ def _match(
         config,
         real=[name for name, tensor in _named_state(model) if not tensor.is_meta],
         ignored=getattr(model, "_keys_to_ignore_on_load_unexpected", None) or (),
+        extra=extra_states(checkpoint, model),
         strict=strict,
     )
+    for note in notes:
+        _log.info("%s", note)
     if match.unexpected:
         _log.warning(
             "left out %d tensors that the model has no place for: %s",
@@ -512,6 +542,11 @@ def _fingerprint(checkpoint: Checkpoint | None, kept: Sequence[torch.Tensor]) ->
         with reading(path):
             status = path.stat()
         parts.append(f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}")
+    parts.extend(
+        f"{name}={entry.name}:{entry.offset}:{list(entry.shape)}"
+        for name, entry in checkpoint.entries.items()
+        if name != entry.name or type(entry) is not TensorEntry
+    )
     for tensor in kept:
         parts.extend(f"{zlib.crc32(_bytes(part)):08x}" for part in components_of(tensor).values())
     return "\n".join(parts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -18,7 +18,7 @@ from tuckaway.errors import DTypeMismatch, KeyMismatch, ShapeMismatch, nearest_n
 from tuckaway.formats import Components, Serialized, registered_formats
 from tuckaway.tensor import QuantizedTensor, TensorSpec
 
-__all__ = ["Feed", "Match", "find_source", "match_checkpoint", "match_model"]
+__all__ = ["Feed", "Match", "distinct", "find_source", "match_checkpoint", "match_model"]
 
 _LISTED = 20
 """Names an error lists in full; the count of the rest follows."""
@@ -56,11 +56,13 @@ class Match:
         feeds: one for every tensor that the checkpoint fills.
         kept: names of buffers (and, when allowed, parameters) that keep the value they have in the model.
         unexpected: tensors of the checkpoint that the model has no place for.
+        extra: what the checkpoint has of modules' ``_extra_state``, by name.
     """
 
     feeds: tuple[Feed, ...]
     kept: tuple[str, ...]
     unexpected: tuple[str, ...]
+    extra: Mapping[str, TensorEntry | None] = field(default_factory=dict)
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -76,6 +78,7 @@ def match_checkpoint(
     *,
     real: Iterable[str],
     ignored: Sequence[str] = (),
+    extra: Mapping[str, TensorEntry | None] | None = None,
     strict: bool = True,
 ) -> Match:
     """Find the source of every tensor of a model.
@@ -87,6 +90,7 @@ def match_checkpoint(
         config: its dtypes apply to tensors that are quantized already.
         real: names of tensors that hold a value already (are not on the meta device).
         ignored: regular expressions of names in the checkpoint that may be left over.
+        extra: states that modules keep beside tensors, by name; None for those that the checkpoint lacks.
         strict: refuse checkpoints with other tensors left over.
 
     Raises:
@@ -99,7 +103,7 @@ def match_checkpoint(
     feeds: list[Feed] = []
     kept: list[str] = []
     missing: list[str] = []
-    for names in _distinct(specs, groups):
+    for names in distinct(specs, groups):
         spec = specs[names[0]]
         feed = None
         for name in names:
@@ -118,12 +122,15 @@ def match_checkpoint(
             kept.extend(names)
         else:
             missing.append(names[0])
-    left = [n for n in checkpoint.entries if n not in consumed]
+    extra = extra or {}
+    if strict:
+        missing.extend(name for name, entry in extra.items() if entry is None)
+    left = [n for n in checkpoint.entries if n not in consumed and n not in extra]
     not_persistent = {n for n, s in specs.items() if not s.persistent}
     unexpected = [n for n in left if n not in not_persistent and not any(re.search(p, n) for p in ignored)]
     if missing or (strict and unexpected):
         raise KeyMismatch(*_describe(missing, unexpected if strict else [], checkpoint))
-    return Match(tuple(feeds), tuple(kept), tuple(unexpected))
+    return Match(tuple(feeds), tuple(kept), tuple(unexpected), extra)
 
 
 def match_model(
@@ -132,7 +139,7 @@ def match_model(
     """Feed a model from its own, real tensors: what is to be quantized; all else is kept and only moved."""
     feeds: list[Feed] = []
     kept: list[str] = []
-    for names in _distinct(specs, groups):
+    for names in distinct(specs, groups):
         spec = specs[names[0]]
         if spec.layout is None or isinstance(state[names[0]], QuantizedTensor):
             kept.extend(names)
@@ -141,7 +148,8 @@ def match_model(
     return Match(tuple(feeds), tuple(kept), ())
 
 
-def _distinct(specs: Mapping[str, TensorSpec], groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+def distinct(specs: Mapping[str, TensorSpec], groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """Return the names of each tensor, once."""
     group_of = {name: tuple(group) for group in groups for name in group}
     seen: set[str] = set()
     result = []

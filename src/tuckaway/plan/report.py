@@ -54,9 +54,11 @@ class QuantizationReport:
 
     Args:
         rows: one a tensor, tied ones once, in the model's order.
+        notes: what was done to find the tensors in the checkpoint.
     """
 
     rows: tuple[ReportRow, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -100,6 +102,7 @@ class QuantizationReport:
             "formats": self.bytes_by_format(),
             "devices": {str(place): size for place, size in self.bytes_by_device().items()},
             "reasons": self.reasons(),
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
@@ -112,7 +115,7 @@ class QuantizationReport:
             parts.append(
                 "placed: " + ", ".join(f"{_place(device)} {format_bytes(n)}" for device, n in places.items())
             )
-        return "\n".join(parts)
+        return "\n".join([*parts, *self.notes])
 
     def _lines(self) -> list[tuple[str, ...]]:
         """Rows that differ only in a layer's number become one line, ``h.{0-11}.mlp.weight``."""
@@ -139,6 +142,7 @@ def quantization_report(
     device_map: Mapping[str, int | str | torch.device] | None = None,
     *,
     ties: Iterable[Sequence[str]] = (),
+    notes: Iterable[str] = (),
 ) -> QuantizationReport:
     """Make the report of a model.
 
@@ -147,6 +151,7 @@ def quantization_report(
         reasons: why tensors are not quantized.
         device_map: where modules and tensors are; the longest name counts.
         ties: groups of names that are one tensor; the first of each in ``specs`` gets the row.
+        notes: what else is to be said.
 
     Raises:
         PlanError: the map leaves a tensor out.
@@ -174,7 +179,7 @@ def quantization_report(
                 spec.is_buffer,
             )
         )
-    return QuantizationReport(tuple(rows))
+    return QuantizationReport(tuple(rows), tuple(notes))
 
 
 def _fastest(names: Sequence[str], device_map: Mapping[str, int | str | torch.device]) -> int | str:

@@ -20,8 +20,9 @@ from tuckaway.checkpoint import Checkpoint, TensorEntry
 from tuckaway.checkpoint.entry import ResidentEntry
 from tuckaway.checkpoint.reader import read_tensor
 from tuckaway.errors import MismatchError
+from tuckaway.integrations.transformers.computed import never_saved
 
-__all__ = ["converted"]
+__all__ = ["converted", "in_model_names"]
 
 _BESIDE_CODES = (
     ".absmax",
@@ -69,8 +70,14 @@ def converted(
     for group in groups.values():
         for name, computed in group.computed(model).items():
             entries[name] = computed
+    entries |= never_saved(model, entries, checkpoint.files[0])
     used = [rule for rule in rules if not hasattr(rule, "was_used") or rule.was_used()]
     return dataclasses.replace(checkpoint, entries=entries), used
+
+
+def in_model_names(checkpoint: Checkpoint, model: Any) -> Checkpoint:
+    """Return the checkpoint with the names and shapes that ``model`` has: what the loader asks for."""
+    return converted(checkpoint, model)[0]
 
 
 class _Names:
