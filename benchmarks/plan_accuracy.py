@@ -103,9 +103,9 @@ def odd(width: int, inner: int) -> nn.Module:
 def models(small: bool) -> dict[str, Callable[[], nn.Module]]:
     s = 8 if small else 1
     return {
-        "llama": lambda: llama(2048 // s, 12 if not small else 4, 32000 // s, tied=False),
-        "llama tied": lambda: llama(1024 // s, 12 if not small else 4, 128256 // s, tied=True),
-        "gpt2": lambda: gpt2(1024 // s, 12 if not small else 4, 50257 // s),
+        "llama": lambda: llama(2048 // s, 12, 32000 // s, tied=False),
+        "llama tied": lambda: llama(1024 // s, 12, 128256 // s, tied=True),
+        "gpt2": lambda: gpt2(1024 // s, 12, 50257 // s),
         "experts": lambda: Stack(
             [Experts(1024 // s, 1408 // s, 16) for _ in range(6)], 1024 // s, 10007 // s, tied=False
         ),
@@ -138,7 +138,8 @@ def maps(model: nn.Module, empty: nn.Module) -> Iterator[tuple[str, str, Any, di
     whole = tuckaway.plan(empty, "nf4", {"": first}, sequence_length=LENGTH)
     memory = whole.on(first)
     beside = memory.reserve_bytes if first == "cpu" else max(memory.loading_bytes, memory.reserve_bytes)
-    budget = memory.weights_bytes * 3 // 5 + beside
+    each = [block.nbytes for block in whole.blocks if block.name.startswith(f"{stack}.")]
+    budget = memory.weights_bytes - sum(each) * 3 // 4 + 2 * max(each) + beside
     yield "nf4, auto", "nf4", "auto", {first: budget, **({"cpu": 2**36} if first == 0 else {})}
 
 

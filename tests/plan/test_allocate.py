@@ -94,7 +94,7 @@ def test_nothing_takes_no_room():
     [
         ("", False),
         ("layers", False),
-        ("layers.0", False),
+        ("layers.0", True),
         ("layers.0.0", True),
         ("head", True),
         ("pair", True),

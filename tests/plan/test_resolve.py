@@ -224,3 +224,24 @@ def test_the_model_is_not_changed():
     resolve_device_map(model, specs, "auto", max_memory=limits)
     assert before == {name: id(p) for name, p in model.named_parameters()}
     assert limits == {"cpu": "350kB"}
+
+
+@pytest.mark.parametrize("share", [0.3, 0.45, 0.6, 0.75, 0.9])
+@pytest.mark.parametrize("main", [0, "cpu"])
+def test_lists_in_lists_are_pages_as_paging_has_them(main, share):
+    with init_empty_weights():
+        model = nn.Sequential(
+            nn.Embedding(500, 60),
+            nn.ModuleList(
+                [nn.Sequential(nn.Linear(60, 211), nn.ReLU(), nn.Linear(211, 60)) for _ in range(9)]
+            ),
+            nn.Linear(60, 500),
+        )
+    specs, _ = choose_specs(model, NF4)
+    limit = int(compute_module_sizes(model, specs=specs)[""] * share) + 80_000
+    found = resolve_device_map(
+        model, specs, "auto", max_memory={main: limit, **({"cpu": 10**9} if main == 0 else {})}
+    )
+    need, pages = bytes_needed(model, specs, found, main)
+    assert need <= limit
+    assert all(page.name.count(".") <= 1 for page in pages.pages)

@@ -24,15 +24,20 @@ def is_block(model: nn.Module, path: str, whole: Collection[str]) -> bool:
     """Tell whether a module is paged as one: never split between devices unless nothing else is possible.
 
     It is a module whose class is in ``whole``, a leaf, an element of a list of modules, or a module that runs and
-    has no such list below it. A root is none: all of it would have to fit at once.
+    has no such list below it. A root is none: all of it would have to fit at once. What paging makes a page of is a
+    block here, so a list in a list is one where it is small: ``Sequential(convolution, norm, activation)``.
     """
     module = model.get_submodule(path)
     if type(module).__name__ in whole or not any(True for _ in module.children()):
         return True
-    if type(module).forward is nn.Module.forward or isinstance(module, _LISTS) or not path:
+    if type(module).forward is nn.Module.forward or not path:
         return False
     if isinstance(model.get_submodule(path.rpartition(".")[0]), _LISTS):
-        return True
+        return not isinstance(module, _LISTS) or not any(
+            True for c in module.children() for _ in c.children()
+        )
+    if isinstance(module, _LISTS):
+        return False
     return not any(isinstance(below, _LISTS) for below in module.modules())
 
 

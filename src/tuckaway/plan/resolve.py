@@ -261,6 +261,8 @@ class _Overhead:
 
     def of(self, device_map: Mapping[str, Device], main: Device) -> dict[Device, int]:
         """Return, by device, the bytes held against its limit less those of the blocks placed there."""
+        # as it will be: modules whose parts were placed one by one, alike, are a page again
+        device_map = clean_device_map(dict(device_map))
         # what executes is the first accelerator that holds something; slots on another would not be used
         holding = (place for place in device_map.values() if place not in OFFLOADED)
         accounts = account(
