@@ -1,16 +1,16 @@
-"""Make transformers know tuckaway's configs, without importing transformers: :func:`register_when_imported`.
+"""Make transformers and peft know tuckaway, without importing them: :func:`register_when_imported`.
 
-transformers has no entry points for quantizers: whoever offers one must run before a model is loaded. If transformers
-is there already, that is done at once; else an import hook waits for the one module that holds transformers' table of
-quantizers, and is gone after that. So ``import tuckaway`` costs nothing, and a saved model loads whichever of the two
-was imported first.
+transformers has no entry points for quantizers, and peft none for where an offloaded layer's adapter belongs:
+somebody must tell them before they are used. What is imported already is told at once; for the rest an import hook
+waits for the one module that matters and is gone after it. So ``import tuckaway`` imports neither, and what a user
+imports first makes no difference.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -19,45 +19,69 @@ from typing_extensions import override
 
 __all__ = ["register_when_imported"]
 
-_TABLE = "transformers.quantizers.auto"
-
 
 def register_when_imported() -> None:
-    """Enter tuckaway in transformers' table of quantizers, now or when transformers comes to need it."""
-    if _TABLE in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Waiting())
+    """Tell both libraries, now or when they come to be imported."""
+    waiting: dict[str, Callable[[], None]] = {}
+    for name, register in _REGISTRATIONS.items():
+        if name in sys.modules:
+            register()
+        else:
+            waiting[name] = register
+    for finder in sys.meta_path:
+        if isinstance(finder, _Waiting):
+            finder.waiting.update(waiting)
+            return
+    if waiting:
+        sys.meta_path.insert(0, _Waiting(waiting))
 
 
-def _register() -> None:
+def _register_quantizer() -> None:
     from tuckaway.integrations.transformers.quantizer import register
 
     register()
 
 
+def _adapt_peft() -> None:
+    from tuckaway.integrations.peft import adapt
+
+    adapt()
+
+
+_REGISTRATIONS: dict[str, Callable[[], None]] = {
+    "transformers.quantizers.auto": _register_quantizer,
+    "peft.peft_model": _adapt_peft,
+}
+"""What to do once a module is complete."""
+
+
 class _Waiting(MetaPathFinder):
-    """Finds the table as everybody else does, but runs ``_register`` once its module is complete."""
+    """Finds modules as everybody else does, but does something more once they are complete."""
+
+    def __init__(self, waiting: dict[str, Callable[[], None]]) -> None:
+        self.waiting = waiting
 
     @override
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _TABLE:
+        register = self.waiting.pop(fullname, None)
+        if register is None:
             return None
-        if self in sys.meta_path:
+        if not self.waiting and self in sys.meta_path:
             sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        spec = importlib.util.find_spec(fullname)  # everybody else's: this name waits no more
         if spec is not None and spec.loader is not None:
-            spec.loader = _Registering(spec.loader)
+            spec.loader = _Registering(spec.loader, register)
         return spec
 
 
 class _Registering(Loader):
-    """Another loader, and the registration after it."""
+    """Another loader, and a registration after it."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Loader, register: Callable[[], None]) -> None:
         self.loader = loader
+        self.register = register
 
     @override
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
@@ -69,4 +93,4 @@ class _Registering(Loader):
             module.__spec__.loader = self.loader  # inspect and pkgutil ask it for the source
         module.__loader__ = self.loader
         self.loader.exec_module(module)
-        _register()
+        self.register()
