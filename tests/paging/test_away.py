@@ -108,3 +108,26 @@ def test_a_model_that_is_gone(models: tuple[nn.Module, nn.Module]) -> None:
     tuckaway.materialize(models[1])
     del models
     assert weight.is_meta
+
+
+def test_a_cast_waits_until_values_are_asked_for(models: tuple[nn.Module, nn.Module]) -> None:
+    resident, paged = models
+    for name in ("norm.weight", "first.weight"):
+        here, away = resident.get_parameter(name), paged.get_parameter(name)
+        for cast in (away.to(torch.bfloat16), away.data.bfloat16()):
+            assert torch.equal(cast + 0.0, here.to(torch.bfloat16) + 0.0)
+        assert away.to(torch.float16).is_meta
+        assert away.half().dtype is torch.float16
+
+
+def test_setting_data_replaces_the_page(models: tuple[nn.Module, nn.Module]) -> None:
+    _, paged = models
+    x = torch.randn(2, 64)
+    before = paged(x)
+    for parameter in paged.parameters():
+        parameter.data = parameter.data.to(torch.float64)  # as peft's prepare_model_for_kbit_training does
+    assert torch.equal(paged(x), before)
+    paged.norm.weight.data = torch.zeros(64)  # type: ignore[union-attr]
+    assert not torch.equal(paged(x), before)
+    with pytest.raises(PagingError, match=r"norm\.weight"):
+        paged.norm.weight.data = torch.zeros(3)  # type: ignore[union-attr]

@@ -36,6 +36,7 @@ _ABOUT = frozenset((
 
 _DEVICE = torch.Tensor.device.__get__
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _WRITES = frozenset(
     ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__")
 )
@@ -88,6 +89,12 @@ class _Away(torch.Tensor):
             paging = first._home[0]()
             if paging is not None and paging.running:
                 return paging.plan.execution_device
+        if isinstance(first, _Away) and func == _SET_DATA:
+            return _set_data(first, args[1])
+        if isinstance(first, _Away) and _only_casts(name, args, kwargs):
+            with torch._C.DisableTorchFunctionSubclass():
+                result = func(*args, **kwargs)
+            return result if result is first else _wrap(result, _AwayBuffer, first._home)
         if name in _ABOUT or name.startswith("is_") or _stays_away(name, args, kwargs):
             with torch._C.DisableTorchFunctionSubclass():
                 result = func(*args, **kwargs)
@@ -136,6 +143,26 @@ def _stays_away(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     return name == "to" and any(str(value) == "meta" for value in asked)
 
 
+def _only_casts(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Tell a cast to another float dtype, which waits until the values are asked for."""
+    if name in ("float", "half", "bfloat16"):
+        return True
+    asked = [*args[1:], *kwargs.values()]
+    return (
+        name == "to" and len(asked) == 1 and isinstance(asked[0], torch.dtype) and asked[0].is_floating_point
+    )
+
+
+def _set_data(away: _Away, value: torch.Tensor) -> None:
+    """Take other values, in the dtype that the page has: peft casts every parameter to fp32 before training."""
+    if isinstance(value, _Away) and value._home == away._home:
+        return
+    paging, name = away._home[0](), away._home[1]
+    if paging is None:
+        raise PagingError(f"{name!r} was paged, and its model is gone")
+    paging.write(name, value)
+
+
 def _writes(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
@@ -148,5 +175,5 @@ def _fetch(value: Any, fetched: dict[int, torch.Tensor]) -> Any:
         if paging is None:
             raise PagingError(f"{name!r} was paged, and its model is gone")
         with torch._C.DisableTorchFunctionSubclass():
-            fetched[id(value)] = paging.fetch(name)
+            fetched[id(value)] = paging.fetch(name).to(value.dtype)
     return fetched[id(value)]
