@@ -31,6 +31,9 @@ def blocks(page: Path) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # peft's own call
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if blocks(p).strip()], ids=lambda p: str(p.relative_to(ROOT))
 )
