@@ -1,4 +1,7 @@
-"""Fetch a checkpoint of the Hugging Face Hub into its cache, only the files that are needed: :func:`fetch`."""
+"""Fetch a checkpoint of the Hugging Face Hub into its cache, only the files that are needed: :func:`fetch`.
+
+:func:`survey` looks at a repository without downloading its weights, for those who take them shard by shard.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tuckaway.checkpoint.index import INDEX_SUFFIX, PICKLE_SUFFIXES, SAFETENSORS, shard_names
 from tuckaway.errors import CheckpointError, CheckpointNotFound, TuckawayError, UnsafeFormatError
 
-__all__ = ["fetch", "is_repo_id"]
+__all__ = ["Repository", "fetch", "is_repo_id", "push", "survey"]
 
 _log = logging.getLogger("tuckaway")
 
@@ -81,6 +85,82 @@ def fetch(repo_id: str, revision: str | None = None, *, allow_pickle: bool = Tru
         f"the repository {repo_id!r}{_at(revision)} has no weights of Hugging Face's names",
         hint="such as " + _SAFE[0],
     )
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository at one commit.
+
+    Args:
+        repo_id: its id.
+        commit: the commit.
+        names: all of its files.
+    """
+
+    repo_id: str
+    commit: str
+    names: tuple[str, ...]
+
+    def download(self, name: str) -> Path:
+        """Return the path of a file in the cache, once it is there.
+
+        Raises:
+            CheckpointNotFound: the repository has no such file, or cannot be reached.
+            CheckpointError: the download failed.
+        """
+        from huggingface_hub import hf_hub_download
+
+        with _typed(self.repo_id, self.commit):
+            return Path(hf_hub_download(self.repo_id, name, revision=self.commit))
+
+    def header(self, name: str) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+        """Ask for the header of a safetensors file alone: dtype, shape, begin and end behind the header, by name.
+
+        Raises:
+            CheckpointError: it cannot be had.
+        """
+        from huggingface_hub import HfApi
+
+        with _typed(self.repo_id, self.commit):
+            found = HfApi().parse_safetensors_file_metadata(self.repo_id, name, revision=self.commit)
+        return {key: (t.dtype, tuple(t.shape), *t.data_offsets) for key, t in found.tensors.items()}
+
+
+def survey(repo_id: str, revision: str | None = None) -> Repository | None:
+    """List a repository's files at one commit; ``None``: the Hub cannot be reached, or is not to be asked.
+
+    Raises:
+        CheckpointNotFound: no such repository or revision, or no access to it.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        with _typed(repo_id, revision):
+            found = HfApi().model_info(repo_id, revision=revision)
+    except CheckpointNotFound as error:
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        if isinstance(error.__cause__, HfHubHTTPError | HFValidationError):
+            raise  # the Hub answered
+        return None
+    except CheckpointError as error:
+        _log.info("%s", error)
+        return None
+    return Repository(repo_id, str(found.sha), tuple(file.rfilename for file in found.siblings or ()))
+
+
+def push(folder: Path, repo_id: str) -> str:
+    """Upload a folder's files to a repository, which is made (private) where it does not exist; return its address.
+
+    Raises:
+        CheckpointError: the Hub refused, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    with _typed(repo_id, None):
+        address = HfApi().create_repo(repo_id, private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Quantized by tuckaway")
+    return str(address)
 
 
 class _Hub:

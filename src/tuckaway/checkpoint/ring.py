@@ -22,23 +22,26 @@ class Ring:
     Args:
         count: buffers.
         threads: threads that read.
-        device: accelerator that the bytes go to; its copies read from pinned buffers.
+        devices: accelerators that the bytes go to; their copies read from pinned buffers.
     """
 
     count: int = 2
     threads: int = 1
-    device: torch.device | None = None
+    devices: tuple[torch.device, ...] = ()
 
     @classmethod
-    def towards(cls, device: torch.device) -> Ring:
-        """Return the ring for bytes that go to ``device``: for an accelerator, 16 pinned slots (256 MiB)."""
-        if device.type == "cpu":
+    def towards(cls, *devices: torch.device) -> Ring:
+        """Return the ring for bytes that go to ``devices``: to an accelerator, 16 pinned slots (256 MiB)."""
+        accelerators = tuple(
+            dict.fromkeys(device for device in devices if device.type not in ("cpu", "meta"))
+        )
+        if not accelerators:
             return cls()
-        return cls(16, max(1, min(14, (os.cpu_count() or 2) - 2)), device)
+        return cls(16, max(1, min(14, (os.cpu_count() or 2) - 2)), accelerators)
 
     def slots(self, nbytes: int) -> list[Slot]:
         """Return the buffers; each takes memory when it is first filled."""
-        return [Slot(nbytes, self.device) for _ in range(self.count)]
+        return [Slot(nbytes, self.devices) for _ in range(self.count)]
 
 
 class Slot:
@@ -46,34 +49,35 @@ class Slot:
 
     Args:
         nbytes: its size.
-        device: as :class:`Ring` has it.
+        devices: as :class:`Ring` has them.
     """
 
-    def __init__(self, nbytes: int, device: torch.device | None = None) -> None:
+    def __init__(self, nbytes: int, devices: tuple[torch.device, ...] = ()) -> None:
         self.nbytes = nbytes
-        self.device = device
+        self.devices = devices
         self._memory: torch.Tensor | None = None
-        self._copied: torch.Event | None = None
+        self._copied: list[torch.Event] = []
 
     def memory(self, nbytes: int) -> torch.Tensor:
         """Return uint8 ``[>= nbytes]`` to fill, once nothing reads it any more.
 
         What is bigger than the slot gets memory of its own, for that one time.
         """
-        if self._copied is not None:
-            self._copied.synchronize()
-            self._copied = None
+        for event in self._copied:
+            event.synchronize()
+        self._copied.clear()
         if nbytes > self.nbytes:
             return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         if self._memory is None:
             self._memory = torch.empty(
-                self.nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.device is not None
+                self.nbytes, dtype=torch.uint8, device="cpu", pin_memory=bool(self.devices)
             )
         return self._memory
 
     def handed_over(self) -> None:
-        """Note that the caller has issued all copies out of it, on the device's current stream."""
-        if self.device is not None:
-            with torch.accelerator.device_index(self.device.index):
-                self._copied = torch.Event(self.device)
-                self._copied.record(torch.accelerator.current_stream(self.device))
+        """Note that the caller has issued all copies out of it, on the devices' current streams."""
+        for device in self.devices:
+            with torch.accelerator.device_index(device.index):
+                event = torch.Event(device)
+                event.record(torch.accelerator.current_stream(device))
+            self._copied.append(event)

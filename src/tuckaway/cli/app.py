@@ -12,13 +12,14 @@ from typing import Annotated
 import typer
 
 import tuckaway
-from tuckaway.cli import bench, demo, doctor, plan, run
+from tuckaway.cli import bench, demo, doctor, plan, quantize, run
 
 __all__ = ["COMMANDS", "app"]
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan.command,
     "run": run.command,
+    "quantize": quantize.command,
     "bench": bench.command,
     "demo": demo.command,
     "doctor": doctor.command,

@@ -16,16 +16,18 @@ from torch import nn
 
 from tuckaway import files
 from tuckaway.checkpoint import Checkpoint, Progress, Ring
+from tuckaway.checkpoint.hub import is_repo_id, push
 from tuckaway.checkpoint.seal import INDEX_PLACEHOLDER, sealed_index
 from tuckaway.checkpoint.shards import as_bytes
 from tuckaway.config import QuantizationConfig
 from tuckaway.convert.decide import Decision, decide
 from tuckaway.convert.layout import Item, ShardPlan, plan_files
-from tuckaway.convert.shard import InShard, ShardFile
+from tuckaway.convert.remote import RemoteSource
+from tuckaway.convert.shard import InShard, ShardFile, checksum_of
 from tuckaway.convert.sidecars import carry_files, write_config
 from tuckaway.convert.sources import LocalSource, Source
 from tuckaway.convert.staging import Record, Staging, fingerprint_of
-from tuckaway.errors import StoreError
+from tuckaway.errors import ChecksumError, StoreError
 from tuckaway.load.copies import check_copies
 from tuckaway.load.fill import fill
 from tuckaway.load.load import PIECE_BYTES
@@ -53,6 +55,7 @@ class Conversion:
         basis: what decided which tensors are weights: a model's class, or ``"names and shapes"``.
         report: what was quantized, what not and why.
         dropped: tensors of the source that its model computes itself, and that were not written.
+        address: where it was pushed to.
     """
 
     destination: Path
@@ -64,6 +67,7 @@ class Conversion:
     basis: str
     report: QuantizationReport
     dropped: tuple[str, ...]
+    address: str | None = None
 
     def __str__(self) -> str:
         return (
@@ -78,7 +82,9 @@ def quantize_checkpoint(
     quantization_config: QuantizationConfig | Any = None,
     *,
     model: nn.Module | None = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
+    low_disk: bool = False,
+    push_to_hub: str | None = None,
     device: torch.device | str | int | None = None,
     revision: str | None = None,
     allow_pickle: bool = True,
@@ -100,7 +106,10 @@ def quantize_checkpoint(
         quantization_config: a :class:`~tuckaway.QuantizationConfig`, accelerate's or transformers' own, or a format's
             name; ``None``: nf4, nested.
         model: a model, built empty, that the checkpoint belongs to.
-        max_shard_size: bytes of a shard of the result at most; a shard is what a kill can cost.
+        max_shard_size: bytes of a shard of the result at most; a shard is what a kill can cost. ``None``: 5 GB, or 1 GB
+            with ``low_disk``, as the shards of the source that make one must be there together.
+        low_disk: take every shard of a Hub id out of the Hub's cache when what was made of it is verified on the disk.
+        push_to_hub: Hub id to upload the result to; a new repository is private.
         device: where weights are quantized; ``None``: the GPU, where there is one.
         revision: branch, tag or commit of a Hub id.
         allow_pickle: read ``pytorch_model.bin`` files (always with ``weights_only``).
@@ -123,13 +132,13 @@ def quantize_checkpoint(
         [('0.weight', 'nf4')]
     """
     began = time.perf_counter()
-    max_bytes = as_bytes(max_shard_size)
+    max_bytes = as_bytes(max_shard_size or ("1GB" if low_disk else "5GB"))
     config = QuantizationConfig.of(
         quantization_config if quantization_config is not None else QuantizationConfig()
     )
     own = quantization_config is None or isinstance(quantization_config, QuantizationConfig)
     target = Path(destination).absolute()
-    opened: Source = LocalSource(Checkpoint.open(source, revision=revision, allow_pickle=allow_pickle))
+    opened = _open(source, revision=revision, allow_pickle=allow_pickle, low_disk=low_disk)
     try:
         _check_apart(opened.checkpoint, target, whole=not Path(source).is_file())
         decision = decide(opened.checkpoint, config, model, own_config=own)
@@ -145,6 +154,7 @@ def quantize_checkpoint(
             records = staging.records
     finally:
         opened.close()
+    address = None if push_to_hub is None else push(target, push_to_hub)
     return Conversion(
         destination=target,
         files=tuple(target / name for name in sorted(records)),
@@ -155,7 +165,16 @@ def quantize_checkpoint(
         basis=decision.basis,
         report=decision.report,
         dropped=decision.dropped,
+        address=address,
     )
+
+
+def _open(source: str | Path, *, revision: str | None, allow_pickle: bool, low_disk: bool) -> Source:
+    if isinstance(source, str) and is_repo_id(source) and not Path(source).exists():
+        remote = RemoteSource.find(source, revision, low_disk=low_disk)
+        if remote is not None:
+            return remote
+    return LocalSource(Checkpoint.open(source, revision=revision, allow_pickle=allow_pickle))
 
 
 def _check_apart(checkpoint: Checkpoint, target: Path, *, whole: bool) -> None:
@@ -225,7 +244,10 @@ class _Job:
             for number, name in enumerate(todo):
                 for later in todo[number : number + 2]:
                     self.source.expect(_needs(self.plans[later]))
-                staging.add(name, self._write(staging.folder / name, self.plans[name], bar))
+                record = self._write(staging.folder / name, self.plans[name], bar)
+                if self.source.low_disk:
+                    _verify(staging.folder / name, record)
+                staging.add(name, record)
                 needed = {path for later in todo[number + 1 :] for path in _needs(self.plans[later])}
                 self.source.drop(_needs(self.plans[name]) - needed)
         if len(self.plans) > 1:
@@ -261,6 +283,13 @@ class _Job:
             "weight_map": dict(sorted(keys.items())),
         }
         return sealed_index(json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def _verify(path: Path, record: Record) -> None:
+    """Read a shard back, from the disk where the system allows it, before what it was made of goes."""
+    files.forget(path)
+    if checksum_of(path) != (record.nbytes, record.checksum):
+        raise ChecksumError("the disk does not give back what was written", where=path, hint="check the disk")
 
 
 def _bytes_read(plan: ShardPlan) -> int:

@@ -15,6 +15,7 @@ from torch import nn
 
 from tuckaway.checkpoint import Checkpoint
 from tuckaway.formats import Shape, registered_formats
+from tuckaway.load.scaled import scales_of
 
 __all__ = ["guess_model"]
 
@@ -103,6 +104,7 @@ def _logical(checkpoint: Checkpoint) -> dict[str, tuple[Shape, torch.dtype]]:
                     break
         if dtype.is_floating_point and dtype.itemsize == 1:
             dtype = torch.bfloat16
+            parts |= scales_of(name, entries)[1]
         found[name] = (tuple(shape), dtype)
     return {name: what for name, what in found.items() if name not in parts}
 

@@ -16,6 +16,7 @@ from tuckaway.checkpoint.entry import open_regular
 from tuckaway.convert.layout import ShardPlan
 from tuckaway.errors import CheckpointError
 from tuckaway.formats import Components, Shape, format_of
+from tuckaway.load.place import Streaming
 from tuckaway.load.sinks import CopySink, Sink, sink_for
 from tuckaway.tensor import TensorSpec
 
@@ -114,7 +115,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-class InShard:
+class InShard(Streaming):
     """A destination of the stream: one tensor in a shard, never whole in memory.
 
     Args:
@@ -129,6 +130,7 @@ class InShard:
         self.device = device
         self.spec: TensorSpec | None = None
 
+    @override
     def open(self, spec: TensorSpec) -> Components:
         """Allocate all but the codes, which go through."""
         self.spec = spec
@@ -141,6 +143,7 @@ class InShard:
             if key != "codes"
         }
 
+    @override
     def sink(
         self, spec: TensorSpec, component: str, stored_dtype: torch.dtype, components: Components
     ) -> Sink:
@@ -153,6 +156,7 @@ class InShard:
             return _ToFile(self.file, self.name, stored_dtype)
         return CopySink(components[component], stored_dtype)
 
+    @override
     def close(self, components: Components) -> None:
         """Write the scales and whatever else belongs to the codes."""
         if self.spec is None or self.spec.layout is None:

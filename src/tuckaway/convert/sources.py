@@ -15,6 +15,8 @@ class Source(Protocol):
     """A checkpoint whose shards may arrive later than its headers."""
 
     checkpoint: Checkpoint
+    low_disk: bool
+    """Shards are removed when they are not needed any more."""
     in_shard_order: bool
     """Tensors are best written in the order of the shards they come from."""
 
@@ -37,6 +39,7 @@ class Source(Protocol):
 class LocalSource:
     """A checkpoint on the disk."""
 
+    low_disk = False
     in_shard_order = False
 
     def __init__(self, checkpoint: Checkpoint) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "PathLike",
     "close",
     "exists",
+    "forget",
     "make_folder",
     "names_in",
     "read_at",
@@ -159,6 +160,22 @@ def sync_folder(folder: PathLike) -> None:
         except OSError as error:
             if error.errno not in UNSUPPORTED:  # some network file systems sync no folders
                 raise
+        finally:
+            os.close(fd)
+
+
+def forget(path: PathLike) -> None:
+    """Take a file that was synced out of the page cache, where the system can, so that it is read from the disk again.
+
+    Raises:
+        StoreError: it cannot be opened.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with typed("open it", path):
+        fd = os.open(path, os.O_RDONLY | FLAGS)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
 

@@ -148,7 +148,7 @@ class _Int8Quantizer(PieceQuantizer):
 
     @override
     def write(self, start: int, piece: torch.Tensor) -> None:
-        self.written = True
+        self.written |= piece.numel() > 0
         rows = piece.numel() // self.cols
         first = start // self.cols
         if self.codes is not None:

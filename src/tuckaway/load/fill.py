@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
 
 import torch
 
 from tuckaway.checkpoint import Progress, Request, Ring, stream
+from tuckaway.checkpoint.reader import read_tensor
 from tuckaway.formats import Components
 from tuckaway.load.match import Feed
 from tuckaway.load.place import Destination, Streaming
+from tuckaway.load.scaled import SCALE, ScaledSink
 from tuckaway.load.sinks import CopySink, Sink, sink_for
 
 __all__ = ["fill", "fill_from_tensors"]
@@ -21,14 +24,22 @@ class _Filling:
 
     def __init__(self, feed: Feed, destination: Destination) -> None:
         self.destination = destination
+        self.streaming = destination if isinstance(destination, Streaming) else None
         self.components: Components = destination.open(feed.spec)
         for key, value in feed.values.items():
             self.components[key].copy_(value)
-        self.open = len(feed.entries)
+        self.open = sum(component != SCALE for component in feed.entries)
 
     def sink(self, feed: Feed, component: str) -> Sink:
-        if isinstance(self.destination, Streaming):
-            return self.destination.sink(feed.spec, component, feed.entries[component].dtype, self.components)
+        inner = self._plain_sink(feed, component)
+        if SCALE not in feed.entries:
+            return inner
+        device = next((part.device for part in self.components.values()), torch.device("cpu"))
+        return ScaledSink(inner, read_tensor(feed.entries[SCALE]), feed.entries[component].shape, device)
+
+    def _plain_sink(self, feed: Feed, component: str) -> Sink:
+        if self.streaming is not None:
+            return self.streaming.sink(feed.spec, component, feed.entries[component].dtype, self.components)
         if not feed.quantized_already:
             return sink_for(feed.spec, self.components)
         return CopySink(self.components[component], feed.entries[component].dtype)
@@ -63,6 +74,8 @@ def fill(
     requests = []
     for feed in feeds:
         for component, entry in feed.entries.items():
+            if component == SCALE:
+                continue
             owner[entry.name] = (feed, component)
             requests.append(Request(entry, *_piece_rules(feed)))
     fillings: dict[tuple[str, ...], _Filling] = {}
@@ -92,10 +105,13 @@ def fill(
 def _piece_rules(feed: Feed) -> tuple[int, bool]:
     """Return what pieces must start on a multiple of, and whether the tensor must come whole."""
     layout = feed.spec.layout
-    if feed.quantized_already or layout is None:
-        return 1, False
-    sink = sink_for(feed.spec, feed.spec.empty("meta"))
-    return sink.align, sink.whole
+    align, whole = 1, False
+    if not feed.quantized_already and layout is not None:
+        sink = sink_for(feed.spec, feed.spec.empty("meta"))
+        align, whole = sink.align, sink.whole
+    if SCALE in feed.entries and feed.spec.shape:
+        align = math.lcm(align, max(feed.entries[""].shape[-1], 1))
+    return align, whole
 
 
 def fill_from_tensors(

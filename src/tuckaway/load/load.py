@@ -142,7 +142,7 @@ def load_and_quantize_model(
     if planned is not None:
         given = planned.quantization_config
     elif given is None and checkpoint is not None:
-        given = (checkpoint.config() or {}).get("quantization_config")
+        given = _own_config(checkpoint)
     unquantized = planned is not None and given is None
     config = None if unquantized else QuantizationConfig.of(given if given is not None else "nf4")
     return run(
@@ -166,6 +166,13 @@ def load_and_quantize_model(
         # a pattern of ours that matches nothing is a mistake; others' configs name modules of many models
         own_config=isinstance(given, QuantizationConfig),
     )
+
+
+def _own_config(checkpoint: Checkpoint) -> Any:
+    """Return what a checkpoint says of its own weights; 8-bit floats are a way to store them, and say nothing."""
+    given = (checkpoint.config() or {}).get("quantization_config")
+    method = given.get("quant_method") if isinstance(given, Mapping) else None
+    return None if method in ("fp8", "fbgemm_fp8", "compressed-tensors") else given
 
 
 def load_checkpoint_and_dispatch(
@@ -476,7 +483,7 @@ def _read(
     if homes is not None and homes.reusable:
         feeds = tuple(feed for feed in feeds if home_of(feed) != "disk")
     if checkpoint is not None:
-        ring = Ring.towards(work_device)
+        ring = Ring.towards(work_device, *plan.resident.values())
         fill(feeds, destination_of, piece_bytes=PIECE_BYTES, progress=progress, ring=ring)
     else:
         fill_from_tensors(feeds, dict(_named_state(model)), destination_of)

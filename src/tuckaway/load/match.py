@@ -16,6 +16,7 @@ from tuckaway.checkpoint import Checkpoint, TensorEntry
 from tuckaway.config import QuantizationConfig, as_dtype
 from tuckaway.errors import DTypeMismatch, KeyMismatch, ShapeMismatch, nearest_names
 from tuckaway.formats import Components, Serialized, registered_formats
+from tuckaway.load.scaled import SCALE, scales_of
 from tuckaway.tensor import QuantizedTensor, TensorSpec
 
 __all__ = ["Feed", "Match", "distinct", "find_source", "match_checkpoint", "match_model"]
@@ -31,7 +32,8 @@ class Feed:
     Args:
         names: the tensor's names in the model; more than one when it is tied.
         spec: its final form.
-        entries: component to the checkpoint's tensor; the one key ``""`` for a tensor that is cast or quantized.
+        entries: component to the checkpoint's tensor; the key ``""`` for a tensor that is cast or quantized, beside it
+            :data:`~tuckaway.load.scaled.SCALE` where its 8-bit floats have scales.
         values: components known without reading.
         copies: what the checkpoint holds under the tensor's other names, in the same form; must be equal.
     """
@@ -192,6 +194,10 @@ def find_source(
             f"{name!r} is {entry.dtype} in the checkpoint and {spec.dtype} in the model",
             where=entry.path.name,
         )
+    if entry.dtype.is_floating_point and entry.dtype.itemsize == 1 < spec.dtype.itemsize:
+        scale, used = scales_of(name, checkpoint.entries)
+        if scale is not None:
+            return {"": entry, SCALE: checkpoint.entries[scale]}, {}, spec, {name} | used
     return {"": entry}, {}, spec, {name}
 
 

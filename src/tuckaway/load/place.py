@@ -7,8 +7,9 @@ bytes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 
@@ -29,10 +30,18 @@ class Destination(Protocol):
         """Take the filled components to their place."""
 
 
-@runtime_checkable
-class Streaming(Destination, Protocol):
-    """Takes one tensor piece by piece, so that it is never whole in memory."""
+class Streaming(ABC):
+    """A destination that takes one tensor piece by piece, so that it is never whole in memory."""
 
+    @abstractmethod
+    def open(self, spec: TensorSpec) -> Components:
+        """Return components to fill."""
+
+    @abstractmethod
+    def close(self, components: Components) -> None:
+        """Take the filled components to their place."""
+
+    @abstractmethod
     def sink(
         self, spec: TensorSpec, component: str, stored_dtype: torch.dtype, components: Components
     ) -> Sink:
