@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tuckaway.checkpoint import Checkpoint
 from tuckaway.checkpoint.header import DTYPES
 from tuckaway.errors import CheckpointError, CheckpointNotFound
 
@@ -73,16 +74,30 @@ def hub_headers(
     try:
         metadata = get_safetensors_metadata(repo_id, revision=revision)
     except (
-        HfHubHTTPError,
-        NotASafetensorsRepoError,
-        SafetensorsParsingError,
-        OfflineModeIsEnabled,
-        OSError,
-    ) as error:
-        _log.info("no headers of %s: %s", repo_id, error)
-        return None
+        HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError, OfflineModeIsEnabled, OSError
+    ) as error:  # fmt: skip
+        _log.info("no headers of %s from the Hub: %s", repo_id, error)
+        return _cached_headers(repo_id, revision)
     return {
         name: (tuple(info.shape), DTYPES.get(info.dtype, torch.uint8))
         for file in metadata.files_metadata.values()
         for name, info in file.tensors.items()
     }
+
+
+def _cached_headers(
+    repo_id: str, revision: str | None
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]] | None:
+    """The headers of weights that were downloaded whole, without asking the Hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        path = try_to_load_from_cache(repo_id, name, revision=revision)
+        if isinstance(path, str):
+            try:
+                entries = Checkpoint.open(path).entries
+            except CheckpointError as error:  # some shards are not there
+                _log.info("no headers of %s in the cache: %s", repo_id, error)
+                return None
+            return {name: (tuple(entry.shape), entry.dtype) for name, entry in entries.items()}
+    return None
