@@ -110,6 +110,24 @@ def test_slots_of_a_plan_are_used(tmp_path):
     assert model._tuckaway_paging.pager.slots.count == 4
 
 
+def test_ram_that_pages_on_disk_stay_in_is_counted_and_used(tmp_path):
+    tuckaway.save_model(net(layers=6), tmp_path / "checkpoint")
+    places = {"": "cpu", "layers": "disk"}
+    options = {"no_split_module_classes": ["Layer"], **FREE}
+    plain = tuckaway.plan(empty_net(layers=6), "nf4", places, **options)
+    plan = tuckaway.plan(empty_net(layers=6), "nf4", places, disk_cache_bytes="60kB", **options)
+    kept = plan.on("cpu").cache_bytes
+    assert 0 < kept <= 60_000
+    assert plan.on("cpu").counted_bytes == plain.on("cpu").counted_bytes + kept
+    model = tuckaway.load_and_quantize_model(
+        empty_net(layers=6),
+        weights_location=tmp_path / "checkpoint",
+        device_map=plan,
+        offload_folder=tmp_path / "pages",
+    )
+    assert model._tuckaway_paging.homes.cache.nbytes == kept
+
+
 def test_a_plan_for_another_model_is_refused(tmp_path):
     tuckaway.save_model(net(), tmp_path / "checkpoint")
     plan = tuckaway.plan(empty_net(layers=3), "nf4", {"": "cpu"}, **FREE)

@@ -286,6 +286,7 @@ def run(
     planned = device_map if isinstance(device_map, Plan) else None
     if isinstance(device_map, Plan):
         slots = device_map.slots if slots is None else slots
+        disk_cache_bytes = disk_cache_bytes or device_map.disk_cache_bytes
         no_split_module_classes = device_map.no_split_module_classes
         offload_buffers = device_map.offload_buffers
         main_device = device_map.execution_device if main_device is None else main_device
@@ -325,6 +326,7 @@ def run(
         no_split_module_classes=no_split_module_classes,
         offload_buffers=offload_buffers,
         slots=slots,
+        disk_cache_bytes=disk_cache_bytes,
     )
     check_devices(placement)
     if main_device is None and not isinstance(device_map, Mapping):

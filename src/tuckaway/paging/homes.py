@@ -19,7 +19,7 @@ from tuckaway.paging.store import Store
 from tuckaway.paging.units import PagePlan, PageUnit
 from tuckaway.tensor import TensorSpec, components_of
 
-__all__ = ["PageHomes"]
+__all__ = ["PageHomes", "kept_pages"]
 
 
 class PageHomes:
@@ -86,7 +86,7 @@ class PageHomes:
             store = Store.open_or_create(offload_folder, [page.layout for page in disk], identity)
         try:
             wanted = plan.execution_device.type != "cpu" if pin is None else pin
-            kept = _fitting(disk, disk_cache_bytes)
+            kept = kept_pages(disk, disk_cache_bytes)
             arena, cache = (_arena(pages, wanted, plan.execution_device) for pages in (cpu, kept))
         except BaseException:
             if store is not None:
@@ -264,8 +264,8 @@ def _arena(pages: Sequence[PageUnit], pin: bool, device: torch.device) -> Arena 
     return arena
 
 
-def _fitting(pages: Sequence[PageUnit], nbytes: int) -> list[PageUnit]:
-    """The first pages, and smaller ones behind them, that fit into ``nbytes``."""
+def kept_pages(pages: Sequence[PageUnit], nbytes: int) -> list[PageUnit]:
+    """Return the first pages, and smaller ones behind them, that fit into ``nbytes``: those that stay in memory."""
     fitting = []
     for page in pages:
         if page.layout.extent <= nbytes:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from tuckaway.paging.homes import kept_pages
 from tuckaway.paging.page import aligned
 from tuckaway.paging.transfer import bounce_nbytes
 from tuckaway.paging.units import PagePlan, plan_pages
@@ -45,6 +46,7 @@ class DeviceMemory:
         weights_bytes: tensors that lie here, resident or in pages, without padding; tied ones once.
         padding_bytes: what alignment adds: of pages, and of the allocator.
         slots_bytes: places that pages take turns in.
+        cache_bytes: pages on disk that stay in RAM once they were read.
         buffers_bytes: pinned buffers that pages from disk pass through.
         loading_bytes: pieces of the checkpoint and work on them, until the model is loaded.
         reserve_bytes: kept free for activations and the KV cache.
@@ -55,6 +57,7 @@ class DeviceMemory:
     weights_bytes: int = 0
     padding_bytes: int = 0
     slots_bytes: int = 0
+    cache_bytes: int = 0
     buffers_bytes: int = 0
     loading_bytes: int = 0
     reserve_bytes: int = 0
@@ -63,12 +66,12 @@ class DeviceMemory:
     @property
     def in_use_bytes(self) -> int:
         """What is allocated for good once the model has run."""
-        return self.weights_bytes + self.padding_bytes + self.slots_bytes + self.buffers_bytes
+        return self.weights_bytes + self.padding_bytes + self._turning_bytes
 
     @property
     def peak_bytes(self) -> int:
         """The most that is allocated at once: slots come when the load's pieces are gone."""
-        running = self.slots_bytes + self.buffers_bytes + self.reserve_bytes
+        running = self._turning_bytes + self.reserve_bytes
         return self.weights_bytes + self.padding_bytes + max(self.loading_bytes, running)
 
     @property
@@ -78,8 +81,12 @@ class DeviceMemory:
         Those take at most 256 MiB whatever the model, and a limit there is for what weights take.
         """
         if self.device == "cpu":
-            return self.weights_bytes + self.padding_bytes + self.slots_bytes + self.reserve_bytes
+            return self.in_use_bytes - self.buffers_bytes + self.reserve_bytes
         return self.peak_bytes
+
+    @property
+    def _turning_bytes(self) -> int:
+        return self.slots_bytes + self.cache_bytes + self.buffers_bytes
 
     @property
     def free_bytes(self) -> int | None:
@@ -111,6 +118,7 @@ def account(
     no_split_module_classes: Sequence[str] = (),
     offload_buffers: bool = False,
     slots: int = 2,
+    disk_cache_bytes: int = 0,
     reserve_bytes: Mapping[Device, int] | None = None,
     ties: Iterable[Sequence[str]] | None = None,
 ) -> Accounts:
@@ -124,6 +132,7 @@ def account(
         no_split_module_classes: class names of modules that are paged whole.
         offload_buffers: buffers of offloaded modules are paged too.
         slots: pages on the executing device at once.
+        disk_cache_bytes: RAM that pages on disk may stay in.
         reserve_bytes: kept free, by device.
         ties: groups of names that are one tensor; ``None``: those that are one object.
 
@@ -178,8 +187,10 @@ def account(
     if chosen not in OFFLOADED:
         turns += ALLOCATION * (slots + sum(page.outer for page in pages.pages)) if turns else 0
     found[chosen] = replace(found[chosen], slots_bytes=turns)
+    cached = kept_pages(pages.homed("disk"), disk_cache_bytes)
     found["cpu"] = replace(
         found.get("cpu", DeviceMemory("cpu")),
+        cache_bytes=sum(page.layout.extent for page in cached),
         buffers_bytes=bounce_nbytes() if chosen != "cpu" and pages.homed("disk") else 0,
         loading_bytes=host_ring_bytes(chosen),
     )

@@ -17,6 +17,7 @@ _PLAIN = "#8c9aa8"
 _PARTS = (
     ("padding", "padding_bytes", "#c8ccd0"),
     ("slots", "slots_bytes", "#56b4a9"),
+    ("cache of the disk", "cache_bytes", "#b7a6d6"),
     ("buffers", "buffers_bytes", "#9bd0c8"),
     ("reserve", "reserve_bytes", "#f2d58a"),
 )

@@ -32,6 +32,7 @@ DEVICES_HEAD = (
     "weights",
     "padding",
     "slots",
+    "cache",
     "buffers",
     "in use",
     "reserve",
@@ -63,6 +64,7 @@ class Plan:
         tied: groups of names that are one tensor.
         checkpoint_bytes: bytes to be read when it is loaded; ``None``: not known.
         speeds: speeds of the machine that times are expected from; ``None``: never measured.
+        disk_cache_bytes: RAM that blocks on disk may stay in once they were read.
 
     Example:
         >>> import tuckaway
@@ -92,6 +94,7 @@ class Plan:
     tied: tuple[tuple[str, ...], ...] = ()
     checkpoint_bytes: int | None = None
     speeds: Speeds | None = None
+    disk_cache_bytes: int = 0
 
     # Bytes
 

@@ -48,6 +48,7 @@ def plan(
     sequence_length: int = 2048,
     reserve_bytes: int | str | None = None,
     slots: int = 2,
+    disk_cache_bytes: int | str = 0,
     offload_buffers: bool = False,
     fit: bool = False,
     speeds: Speeds | None = None,
@@ -69,6 +70,7 @@ def plan(
         reserve_bytes: kept free on the executing device for activations and the KV cache. ``None``: estimated from
             the model's configuration, batch and length.
         slots: pages that the executing device holds at once.
+        disk_cache_bytes: RAM that blocks on disk may stay in once they were read.
         offload_buffers: page the buffers of offloaded blocks too.
         fit: choose the format too: the most precise one with which nothing is paged; if there is none, the placement
             with the most tokens a second. ``quantization_config`` then gives the other settings.
@@ -98,6 +100,7 @@ def plan(
         sequence_length,
         None if reserve_bytes is None else parse_bytes(reserve_bytes),
         slots,
+        parse_bytes(disk_cache_bytes),
         offload_buffers,
         speeds or known_speeds(),
     )
@@ -128,6 +131,7 @@ class _Request:
     sequence_length: int
     reserve_bytes: int | None
     slots: int
+    disk_cache_bytes: int
     offload_buffers: bool
     speeds: Speeds | None
 
@@ -154,6 +158,7 @@ class _Request:
             no_split_module_classes=whole,
             offload_buffers=self.offload_buffers,
             slots=self.slots,
+            disk_cache_bytes=self.disk_cache_bytes,
             reserve_bytes=reserve,
         )
         return self._plan(specs, found, whole, reserve, config, dtype)
@@ -198,6 +203,7 @@ class _Request:
             no_split_module_classes=whole,
             offload_buffers=self.offload_buffers,
             slots=self.slots,
+            disk_cache_bytes=self.disk_cache_bytes,
             reserve_bytes={main: reserve},
             ties=ties,
         )
@@ -223,6 +229,7 @@ class _Request:
             tuple(tuple(group) for group in ties),
             self.source.checkpoint_bytes,
             self.speeds,
+            self.disk_cache_bytes,
         )
         _check_fits(result)
         return result

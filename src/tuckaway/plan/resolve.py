@@ -47,6 +47,7 @@ def resolve_device_map(
     no_split_module_classes: Sequence[str] | str | None = None,
     offload_buffers: bool = False,
     slots: int = 2,
+    disk_cache_bytes: int = 0,
     reserve_bytes: int | None = None,
 ) -> DeviceMap:
     """Return a complete map: names to an accelerator's index, ``"cpu"`` or ``"disk"``.
@@ -62,6 +63,7 @@ def resolve_device_map(
             model names itself. Elements of module lists are never split.
         offload_buffers: buffers of offloaded modules are paged too.
         slots: pages that the executing device holds at once.
+        disk_cache_bytes: RAM that pages on disk may stay in.
         reserve_bytes: what the named maps leave free, beside slots and the load's work, on every accelerator, or in
             RAM where there is none. ``None``: a tenth of what an accelerator has free; nothing under ``max_memory``.
 
@@ -94,7 +96,7 @@ def resolve_device_map(
     limits, reserve = _budgets(max_memory, reserve_bytes)
     # 0 bytes is how users say "not this one"; on the CPU of a machine without accelerators everything executes
     limits = {d: n for d, n in limits.items() if n > 0 or not isinstance(d, int)}
-    overhead = _Overhead(model, specs, whole, offload_buffers, slots, reserve)
+    overhead = _Overhead(model, specs, whole, offload_buffers, slots, disk_cache_bytes, reserve)
     if device_map != "sequential":
         limits = _balanced(model, specs, limits, whole, overhead, low_zero=device_map == "balanced_low_0")
     tree = Tree(model, tensor_sizes(model, specs))
@@ -249,6 +251,7 @@ class _Overhead:
         whole: Collection[str],
         offload_buffers: bool,
         slots: int,
+        disk_cache_bytes: int,
         reserve: Mapping[Device, int],
     ) -> None:
         self.model = model
@@ -256,6 +259,7 @@ class _Overhead:
         self.whole = sorted(whole)
         self.offload_buffers = offload_buffers
         self.slots = slots
+        self.disk_cache_bytes = disk_cache_bytes
         self.reserve = reserve
         self.ties = tied_groups(model)
 
@@ -273,6 +277,7 @@ class _Overhead:
             no_split_module_classes=self.whole,
             offload_buffers=self.offload_buffers,
             slots=self.slots,
+            disk_cache_bytes=self.disk_cache_bytes,
             reserve_bytes=self.reserve,
             ties=self.ties,
         )
