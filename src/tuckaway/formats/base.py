@@ -139,6 +139,30 @@ class Format(ABC):
         """Return rows ``index`` of the stored matrix, ``[*index.shape, cols]``."""
 
     @abstractmethod
+    def grouped_linear(
+        self,
+        x: torch.Tensor,
+        components: Components,
+        layout: Layout,
+        offs: torch.Tensor,
+        transpose: bool,
+    ) -> torch.Tensor:
+        """Return the products of groups of rows with the matrices of a stack ``S [E, rows, cols]``.
+
+        Rows ``offs[e - 1]`` to ``offs[e]`` of ``x`` are multiplied with ``S[e].T`` (``transpose``) or ``S[e]``.
+        Only matrices that have rows are decoded, and never more than one of them at once.
+        """
+
+    @abstractmethod
+    def gather(
+        self, components: Components, layout: Layout, index: torch.Tensor
+    ) -> tuple[Components, Layout] | None:
+        """Return the parts ``index`` along the first dimension, copied as they are; None if a block spans two of them.
+
+        The stored shape becomes ``[*index.shape, *layout.shape[1:]]``.
+        """
+
+    @abstractmethod
     def narrow(
         self, components: Components, layout: Layout, start: int, shape: Shape
     ) -> tuple[Components, Layout] | None:

@@ -135,6 +135,54 @@ class FourBit(Format):
         return result
 
     @override
+    def grouped_linear(
+        self,
+        x: torch.Tensor,
+        components: Components,
+        layout: Layout,
+        offs: torch.Tensor,
+        transpose: bool,
+    ) -> torch.Tensor:
+        result: torch.Tensor = torch.ops.tuckaway.grouped_linear_4bit(
+            x,
+            components["codes"],
+            components["absmax"],
+            components.get("nested_absmax"),
+            components.get("nested_offset"),
+            offs,
+            self.name,
+            layout.blocksize,
+            layout.shape[-2],
+            layout.cols,
+            transpose,
+            layout.compute_dtype or x.dtype,
+        )
+        return result
+
+    @override
+    def gather(
+        self, components: Components, layout: Layout, index: torch.Tensor
+    ) -> tuple[Components, Layout] | None:
+        parts, each = layout.shape[0], math.prod(layout.shape[1:])
+        if each == 0 or each % layout.blocksize:
+            return None
+        flat, blocks = index.reshape(-1), each // layout.blocksize
+
+        def chosen(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {key: tensor.view(parts, -1).index_select(0, flat).view(-1)}
+
+        found = chosen("codes", components["codes"])
+        layout = layout.with_shape((*index.shape, *layout.shape[1:]))
+        if layout.nested and blocks % NESTED_BLOCKSIZE:
+            # groups of 256 scales span two parts
+            return found | chosen("absmax", self.absmax(components, layout)), replace(layout, nested=False)
+        found |= chosen("absmax", components["absmax"])
+        if layout.nested:
+            found |= chosen("nested_absmax", components["nested_absmax"])
+            found["nested_offset"] = components["nested_offset"]
+        return found, layout
+
+    @override
     def narrow(
         self, components: Components, layout: Layout, start: int, shape: Shape
     ) -> tuple[Components, Layout] | None:

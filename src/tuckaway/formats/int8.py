@@ -83,6 +83,33 @@ class Int8(Format):
         return result
 
     @override
+    def grouped_linear(
+        self,
+        x: torch.Tensor,
+        components: Components,
+        layout: Layout,
+        offs: torch.Tensor,
+        transpose: bool,
+    ) -> torch.Tensor:
+        # weight-only, whatever the threshold: outliers of one token are none of its neighbour's in another group
+        result: torch.Tensor = torch.ops.tuckaway.grouped_linear_int8(
+            x, components["codes"], components["absmax"], offs, transpose, layout.compute_dtype or x.dtype
+        )
+        return result
+
+    @override
+    def gather(
+        self, components: Components, layout: Layout, index: torch.Tensor
+    ) -> tuple[Components, Layout] | None:
+        parts, flat = layout.shape[0], index.reshape(-1)
+        shape = (*index.shape, *layout.shape[1:])
+        found = {
+            "codes": components["codes"].index_select(0, flat).view(shape),
+            "absmax": components["absmax"].view(parts, -1).index_select(0, flat).view(-1),
+        }
+        return found, layout.with_shape(shape)
+
+    @override
     def narrow(
         self, components: Components, layout: Layout, start: int, shape: Shape
     ) -> tuple[Components, Layout] | None:

@@ -29,7 +29,7 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     Raises:
         NotImplementedError: an in-place operation that has no entry would write to a quantized weight.
     """
-    handler = _TABLE.get(func)
+    handler = _TABLE.get(func) or _NAMED.get(func._schema.name)
     if handler is not None:
         result = handler(*args, **kwargs)
         if result is not NotImplemented:
@@ -272,13 +272,55 @@ def _mv(left: Any, right: Any) -> Any:
 
 @implements(aten.bmm.default)
 def _bmm(left: Any, right: Any) -> Any:
-    if not isinstance(right, QuantizedTensor):
+    """One product of groups of rows: each matrix is decoded by itself, and only then."""
+    if _is_stack(right) and not isinstance(left, QuantizedTensor):
+        parts, rows = left.shape[0], left.shape[1]
+        product = _grouped(left.reshape(parts * rows, -1), right, _ends(parts, rows, left.device))
+        return product.view(parts, rows, -1)
+    if _is_stack(left) and not isinstance(right, QuantizedTensor):
+        # W @ y = (y^T @ W^T)^T
+        turned = _bmm(right.transpose(1, 2), _flip(left))
+        return turned if turned is NotImplemented else turned.transpose(1, 2)
+    return NotImplemented
+
+
+@implements(aten.baddbmm.default)
+def _baddbmm(bias: Any, left: Any, right: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    result = _bmm(left, right)
+    return result if result is NotImplemented else beta * _plain(bias) + alpha * result
+
+
+@implements(aten._grouped_mm.default)
+def _grouped_mm(left: Any, right: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+    """``grouped_mm`` of rows with a stack of experts, of which only those that have rows are decoded."""
+    if bias is not None or offs is None or not _is_stack(right) or left.dim() != 2:
         return NotImplemented
-    left = _plain(left)
-    parts = [aten.select.int(right, 0, e) for e in range(right.shape[0])]
-    if not parts or any(not isinstance(part, QuantizedTensor) for part in parts):
+    result = _grouped(_plain(left), right, offs.to(torch.int32))
+    return result if out_dtype is None else result.to(out_dtype)
+
+
+def _grouped_mm_backward(left: Any, right: Any, offs: Any, grad: torch.Tensor) -> Any:
+    """Gradients of transformers' own ``grouped_mm``: a quantized stack gets none, and zeros that take no memory."""
+    if not _is_stack(right):
         return NotImplemented
-    return torch.stack([product(x, part, None, transpose=False) for x, part in zip(left, parts, strict=True)])
+    nothing = torch.zeros((), dtype=right.dtype, device=right.device).expand(right.shape)
+    return _grouped(grad, _flip(right), offs.to(torch.int32)), nothing
+
+
+_NAMED: dict[str, Callable[..., Any]] = {
+    "transformers::grouped_mm_fallback": _grouped_mm,
+    "transformers::grouped_mm_fallback_backward": _grouped_mm_backward,
+}
+"""Operations of libraries that may not be there; they stand in for torch's where that has none."""
+
+
+def _grouped(x: torch.Tensor, stack: QuantizedTensor, offs: torch.Tensor) -> torch.Tensor:
+    layout = stack.layout_info
+    return format_of(layout.format).grouped_linear(x, stack.components, layout, offs, layout.transposed)
+
+
+def _ends(parts: int, rows: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(1, parts + 1, dtype=torch.int32, device=device) * rows
 
 
 @implements(aten.embedding.default)
@@ -304,14 +346,16 @@ def _index(tensor: Any, indices: Any) -> Any:
     format = format_of(layout.format)
     if tensor.dim() == 2:
         return format.embedding(index, tensor.components, layout, tensor.dtype)
-    # a stack seen as one matrix with a row an expert: [experts, rest]
-    rest = layout.shape[1:]
-    if format.narrow(tensor.components, layout, 0, rest) is None:
+    found = format.gather(tensor.components, layout, index)
+    if found is None:
         return NotImplemented
-    rows = math.prod(rest[:-1])
-    base = index.reshape(-1, 1) * rows + torch.arange(rows, device=index.device)
-    values = format.embedding(base, tensor.components, layout, tensor.dtype).reshape(*index.shape, *rest)
-    return values.transpose(-2, -1) if layout.transposed else values
+    copy = tensor.like(*found)
+    copy._is_copy = True
+    return copy
+
+
+def _is_stack(value: Any) -> bool:
+    return isinstance(value, QuantizedTensor) and value.dim() == 3
 
 
 def _is_matrix(value: Any) -> bool:
@@ -325,6 +369,10 @@ def _in_place(operation: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     def apply(tensor: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(tensor, QuantizedTensor):
             return NotImplemented
+        if tensor._is_copy:
+            raise NotImplementedError(
+                "writing to a copy of quantized experts would round it; use the operation that returns a new tensor"
+            )
         args, kwargs = tree_map(_plain, (args, kwargs))
         return tensor.requantize_(operation(tensor.dequantize(torch.float32), *args, **kwargs))
 

@@ -50,6 +50,7 @@ class QuantizedTensor(torch.Tensor):
         torch.Size([1, 64])
     """
 
+    _is_copy = False  # of parts that were picked by index, not a view of them
     _keys: tuple[str, ...]
     _layout: Layout
     _bound_linear: BoundLinear | None
