@@ -377,10 +377,10 @@ def test_a_captured_step(tmp_path, device_map, format, slots):
     resident, model = build(format).to("cuda"), paged(tmp_path, device_map, format, slots=slots)
     x = tokens().to("cuda")
     with torch.no_grad():
-        for order in ORDERS:
+        for order in ORDERS[:3] if slots == 2 else ORDERS[:1]:
             resident.order = model.order = order
             step = CapturedStep(model, lambda: model(x))
-            for seed in range(8):
+            for seed in range(6):
                 x.copy_(tokens(seed).to("cuda"))
                 out, want = step(), resident(x)
                 if seed % 3 == 2:
