@@ -4,6 +4,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from tuckaway.paging.bounce import Bounces
 from tuckaway.paging.fill import Fill
@@ -87,20 +88,20 @@ class Event:
 
 
 def test_a_bounce_is_free_when_its_copy_is_over():
-    bounces = Bounces(2, 8192, pin=False)
+    bounces = Bounces(2, 8192, torch.device("cpu"))
     first, second = bounces.take(), bounces.take()
-    assert first.numel() == 8192
-    assert first.data_ptr() % 4096 == second.data_ptr() % 4096 == 0
-    assert first.data_ptr() != second.data_ptr()
+    assert first.memory.numel() == 8192
+    assert first.memory.data_ptr() % 4096 == second.memory.data_ptr() % 4096 == 0
+    assert first.memory.data_ptr() != second.memory.data_ptr()
     taken = []
     waiting = threading.Thread(target=lambda: taken.append(bounces.take()))
     waiting.start()
-    passed, pending = Event(True), Event(False)
-    bounces.give_back(second, pending)
+    first.copied, second.copied = Event(True), Event(False)
+    bounces.give_back(second)
     waiting.join()
-    assert taken[0].data_ptr() == second.data_ptr()
-    assert pending.waited
-    bounces.give_back(first, passed)
+    assert taken == [second]
+    assert second.copied.waited
+    bounces.give_back(first)
     bounces.take()
-    assert not passed.waited
+    assert not first.copied.waited
     bounces.close()

@@ -12,7 +12,6 @@ from tuckaway.paging import reading as module
 from tuckaway.paging import store as store_module
 from tuckaway.paging.arena import host_memory
 from tuckaway.paging.page import EXTENT, PageLayout
-from tuckaway.paging.reading import reading_thread_count
 from tuckaway.paging.store import Store
 
 LAYOUT = PageLayout(
@@ -156,7 +155,3 @@ def test_a_closed_reader_says_so(store):
         reader.read(0, 0, host_memory(EXTENT))
     with pytest.raises(StoreError, match="closed"):
         reader.refresh()
-
-
-def test_there_are_a_few_threads():
-    assert 2 <= reading_thread_count() <= 14

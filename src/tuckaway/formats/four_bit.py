@@ -103,7 +103,7 @@ class FourBit(Format):
         options = self.name, layout.blocksize, layout.rows, layout.cols, transpose
         compute_dtype = layout.compute_dtype
         direct = None
-        if transpose and codes.device.type == "cuda":
+        if transpose and codes.device.type == "cuda" and type(codes) is torch.Tensor:  # not a compiler's fake
             direct = BoundProduct(codes, scales, nested, offset, *options[:-1], compute_dtype)
 
         def linear(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -25,9 +25,6 @@ logger = logging.getLogger("tuckaway")
 PIN_STEP = 256 * 2**20
 """Bytes pinned at a time: about 150 ms."""
 
-_HUGE_FROM = 128 * 2**20
-"""Bytes from which the system is asked for huge pages: the last of them, 2 MiB, may be more than is needed."""
-
 _PINNED_RATE, _PAGEABLE_RATE = 55e9, 7e9
 """Bytes a second to a device on PCIe 5, measured: what the warning about unpinned memory reckons with."""
 
@@ -39,11 +36,7 @@ def host_memory(nbytes: int) -> torch.Tensor:
     """
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8)
-    memory = mmap.mmap(-1, nbytes)
-    if nbytes >= _HUGE_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8, count=nbytes)
 
 
 class Arena:

@@ -28,7 +28,7 @@ class Fill:
         """Say how many times :meth:`piece` will be called."""
         self._left = pieces
 
-    def piece(self, work: Callable[[], None], last: Callable[[], None]) -> None:
+    def piece(self, work: Callable[[], None], last: Callable[[], None] | None = None) -> None:
         """Do a piece's work, unless nobody wants it any more; the last to end calls ``last`` first."""
         try:
             if not self.cancelled and self._error is None:

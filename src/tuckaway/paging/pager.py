@@ -68,7 +68,7 @@ class Pager:
         self.slots = Slots(max(min(slots, len(turning)), 1), largest, device)
         self._own_slots: dict[int, Slot] = {}
         # of the pool that few others draw from: a copy on a stream that is being captured becomes part of the graph
-        self._graph_stream: Any = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._graph_stream: Any = torch.Stream(device=device, priority=-1) if device.type == "cuda" else None
         self._lock = threading.RLock()
         self._ticks = 0
         self._local = threading.local()

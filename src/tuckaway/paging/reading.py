@@ -13,7 +13,6 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -25,12 +24,10 @@ from tuckaway.paging.manifest import REMOVE
 from tuckaway.paging.page import EXTENT, PageLayout, aligned
 from tuckaway.paging.residency import PageCache
 
-__all__ = ["THREAD_NAME", "CellReader", "byte_view", "reading_threads"]
+__all__ = ["CellReader", "byte_view"]
 
 logger = logging.getLogger("tuckaway")
 
-THREAD_NAME = "tuckaway-page"
-"""How the names of the reading threads begin."""
 
 _FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
@@ -207,17 +204,6 @@ def _around_the_cache(fd: int) -> int:
         return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | flag | _FLAGS)
     except OSError:
         return -1
-
-
-def reading_threads() -> ThreadPoolExecutor:
-    """Make the threads that read: the page cache gives 6, 15, 28 and 49 GB/s to 1, 4, 8 and 16 of them."""
-    return ThreadPoolExecutor(reading_thread_count(), thread_name_prefix=THREAD_NAME)
-
-
-def reading_thread_count() -> int:
-    """How many threads read: most of the cores this process may use, 2 at least and 14 at most."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
-    return min(max(cores - 2, 2), 14)
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:

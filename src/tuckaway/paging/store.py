@@ -17,7 +17,7 @@ import json
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch
 from tuckaway import files
 from tuckaway.errors import StoreBusy, StoreCorrupt, StoreError
 from tuckaway.paging.checksums import CELL, PageSums, cells
+from tuckaway.paging.fill import Fill
 from tuckaway.paging.manifest import (
     ANOTHER,
     MANIFEST,
@@ -36,7 +37,8 @@ from tuckaway.paging.manifest import (
     refuse_foreign,
 )
 from tuckaway.paging.page import EXTENT, PageItem, PageLayout
-from tuckaway.paging.reading import THREAD_NAME, CellReader, byte_view, reading_threads
+from tuckaway.paging.reading import CellReader, byte_view
+from tuckaway.paging.threads import Threads, reading_thread_count
 
 __all__ = ["Store"]
 
@@ -73,7 +75,7 @@ class Store:
         self._guard = threading.Lock()
         self._write_fd = -1
         self._pid = os.getpid()
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: Threads | None = None
 
     # Opening
 
@@ -284,7 +286,11 @@ class Store:
                 start, nbytes = ranges[number]
                 reader.read(index, number, out[start : start + nbytes])
 
-            list(self.threads().map(read, range(len(ranges))))
+            fill = Fill()
+            fill.expect(len(ranges))
+            for number in range(len(ranges)):
+                self.threads().submit(partial(fill.piece, partial(read, number)))
+            fill.result()
 
     def read_item(self, index: int, item: PageItem) -> torch.Tensor:
         """Read one component of a page into memory of its own; what was not checked yet is."""
@@ -295,11 +301,11 @@ class Store:
             files.read_at(self._fd, byte_view(out), self._starts[index] + item.offset, self.path)
         return out.view(item.dtype).view(item.shape)
 
-    def threads(self) -> ThreadPoolExecutor:
+    def threads(self) -> Threads:
         """The threads that read; made when first asked for."""
         with self._guard:
             if self._pool is None:
-                self._pool = reading_threads()
+                self._pool = Threads(reading_thread_count())
             return self._pool
 
     # Ending
@@ -308,9 +314,7 @@ class Store:
         """Close the files and release the lock; the store stays, unless it was rewritten. Twice does no harm."""
         owner = self._pid == os.getpid()
         if self._pool is not None and owner:
-            # the last reference may go in one of the threads, which cannot wait for itself
-            mine = threading.current_thread().name.startswith(THREAD_NAME)
-            self._pool.shutdown(wait=not mine, cancel_futures=True)
+            self._pool.close()
         self._pool = None
         if self._reader is not None:
             self._reader.close()
