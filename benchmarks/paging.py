@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -216,14 +217,18 @@ def disk(model: Any, count: int) -> float:
     """Return GB/s of plain reads of a model's first disk pages by the threads that page."""
     homes = paging_of(model).homes
     reader, threads = homes.store.reader, homes.store.threads()
-    memory = [host_memory(reader.cell).zero_() for _ in range(24)]  # a few cells, as paging has
+    local = threading.local()
+
+    def read(index: int, number: int) -> None:
+        if not hasattr(local, "memory"):
+            local.memory = host_memory(reader.cell)
+        reader.read(index, number, local.memory)
+
     work = [(i, n) for i in range(min(count, len(homes.store.layouts))) for n in range(len(reader.cells(i)))]
     fill = Fill()
     fill.expect(len(work))
     began = time.perf_counter()
-    for place, (index, number) in enumerate(work):
-        into = memory[place % len(memory)]
-        threads.submit(partial(fill.piece, partial(reader.read, index, number, into)))
+    threads.submit(*(partial(fill.piece, partial(read, *item)) for item in work))
     fill.result()
     nbytes = sum(reader.cells(i)[n][1] for i, n in work)
     return round(nbytes / (time.perf_counter() - began) / 1e9, 2)
@@ -363,6 +368,7 @@ def accelerate_hooks(bench: Bench, result: dict[str, Any], model: Any) -> None:
     }
     device_map |= {f"model.layers.{i}": "cpu" for i in range(len(model.model.layers))}
     began = time.perf_counter()
+    model.model.layers.to("cpu")  # it pages from where the weights are
     dispatch_model(model, device_map, main_device=PLACE)
     result["dispatch_seconds"] = round(time.perf_counter() - began, 2)
     try:

@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 
-from tuckaway.paging.bounce import Bounces
 from tuckaway.paging.fill import Fill
 
 
@@ -30,8 +27,10 @@ def test_an_error_ends_it_when_no_piece_is_under_way_any_more():
 
     fill.piece(broken, lambda: seen.append("last"))
     assert not fill.done()
-    fill.piece(lambda: seen.append(1), lambda: seen.append("last"))  # not begun
-    fill.piece(lambda: seen.append(2), lambda: seen.append("last"))
+    assert not fill.wanted
+    fill.piece(lambda: None, lambda: seen.append("last"))
+    assert not fill.done()
+    fill.piece(lambda: None, lambda: seen.append("last"))
     with pytest.raises(OSError, match="broken") as caught:
         fill.result()
     assert "broken" in [entry.name for entry in caught.traceback]
@@ -46,11 +45,11 @@ def test_an_error_at_the_end_is_told():
         fill.result()
 
 
-def test_a_cancelled_one_ends_without_work():
+def test_a_cancelled_one_is_not_wanted_and_has_no_end():
     fill, seen = Fill(), []
     fill.expect(1)
     fill.cancel()
-    fill.piece(lambda: seen.append(0), lambda: seen.append("last"))
+    fill.piece(lambda: seen.append(fill.wanted) if fill.wanted else None, lambda: seen.append("last"))
     fill.result()
     assert seen == []
 
@@ -72,36 +71,3 @@ def test_many_threads_end_it_once():
                 pool.submit(fill.piece, lambda: None, lambda ends=ends: ends.append(1))
             fill.result()
             assert ends == [1]
-
-
-class Event:
-    """As a device's event: passed or not."""
-
-    def __init__(self, passed):
-        self.passed, self.waited = passed, False
-
-    def query(self):
-        return self.passed
-
-    def synchronize(self):
-        self.waited = True
-
-
-def test_a_bounce_is_free_when_its_copy_is_over():
-    bounces = Bounces(2, 8192, torch.device("cpu"))
-    first, second = bounces.take(), bounces.take()
-    assert first.memory.numel() == 8192
-    assert first.memory.data_ptr() % 4096 == second.memory.data_ptr() % 4096 == 0
-    assert first.memory.data_ptr() != second.memory.data_ptr()
-    taken = []
-    waiting = threading.Thread(target=lambda: taken.append(bounces.take()))
-    waiting.start()
-    first.copied, second.copied = Event(True), Event(False)
-    bounces.give_back(second)
-    waiting.join()
-    assert taken == [second]
-    assert second.copied.waited
-    bounces.give_back(first)
-    bounces.take()
-    assert not first.copied.waited
-    bounces.close()

@@ -28,11 +28,15 @@ class Fill:
         """Say how many times :meth:`piece` will be called."""
         self._left = pieces
 
+    @property
+    def wanted(self) -> bool:
+        """Whether what the pieces bring is of any use still."""
+        return not self.cancelled and self._error is None
+
     def piece(self, work: Callable[[], None], last: Callable[[], None] | None = None) -> None:
-        """Do a piece's work, unless nobody wants it any more; the last to end calls ``last`` first."""
+        """Do a piece's work, which asks whether it is :attr:`wanted`; the last to end calls ``last`` first."""
         try:
-            if not self.cancelled and self._error is None:
-                work()
+            work()
         except BaseException as error:
             self._error = error
         with self._lock:
@@ -44,7 +48,7 @@ class Fill:
     def end(self, last: Callable[[], None] | None = None) -> None:
         """Be done, after ``last``, which is left out when there was an error or nobody wants the page."""
         try:
-            if last is not None and self._error is None and not self.cancelled:
+            if last is not None and self.wanted:
                 last()
         except BaseException as error:
             self._error = error
@@ -53,13 +57,17 @@ class Fill:
         else:
             self._future.set_result(None)
 
+    def spoil(self, error: BaseException) -> None:
+        """Note an error of a piece that still has something to do."""
+        self._error = error
+
     def fail(self, error: BaseException) -> None:
         """Be done with an error."""
         self._error = error
         self.end()
 
     def cancel(self) -> None:
-        """Begin no more pieces; those under way end."""
+        """Say that nobody wants it any more; pieces that are under way end."""
         self.cancelled = True
 
     def done(self) -> bool:

@@ -288,8 +288,7 @@ class Store:
 
             fill = Fill()
             fill.expect(len(ranges))
-            for number in range(len(ranges)):
-                self.threads().submit(partial(fill.piece, partial(read, number)))
+            self.threads().submit(*(partial(fill.piece, partial(read, n)) for n in range(len(ranges))))
             fill.result()
 
     def read_item(self, index: int, item: PageItem) -> torch.Tensor:

@@ -60,20 +60,24 @@ class Threads:
         # daemons are not waited for by the interpreter, and must not be in a copy when it takes itself apart
         self._end = weakref.finalize(self, _end, work, self._threads)
         self._closed = False
+        self._lock = threading.Lock()
 
-    def submit(self, call: Callable[[], None]) -> None:
-        """Have one of the threads call; it should not raise.
+    def submit(self, *calls: Callable[[], None]) -> None:
+        """Have the threads call, in this order and nothing in between; the calls should not raise.
 
         Raises:
             RuntimeError: the threads were ended.
         """
-        if self._closed:
-            raise RuntimeError("the threads that read were ended")
-        self._work.put(call)
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the threads that read were ended")
+            for call in calls:
+                self._work.put(call)
 
     def close(self) -> None:
         """End the threads and wait for what they are at. Twice does no harm."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
         self._end()
 
 

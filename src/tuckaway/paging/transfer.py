@@ -16,23 +16,25 @@ from typing import Any
 import torch
 
 from tuckaway.errors import PagingError
-from tuckaway.paging.bounce import Bounces
-from tuckaway.paging.checksums import CELL
+from tuckaway.paging.bounce import Bounces, Run
 from tuckaway.paging.fill import Fill
 from tuckaway.paging.homes import PageHomes
 from tuckaway.paging.slots import Slot
-from tuckaway.paging.threads import is_reading_thread, reading_thread_count
+from tuckaway.paging.store import Store
+from tuckaway.paging.threads import is_reading_thread
 from tuckaway.paging.units import PageUnit
 
 __all__ = ["Transfer", "bounce_nbytes"]
 
-_SPARE_BOUNCES = 4
-"""Pieces beyond one for each reading thread: those whose copy is under way. The bus takes 4 MiB in 0.08 ms."""
+_RUN_BYTES = 32 * 2**20
+"""Bytes from disk that one copy carries to the device."""
+_RUNS = 5
+"""Runs under way: two that are being read, two being copied, one between."""
 
 
 def bounce_nbytes() -> int:
-    """Return the bytes of pinned memory that disk pages pass through on their way to an accelerator."""
-    return (reading_thread_count() + _SPARE_BOUNCES) * CELL
+    """Return the bytes of pinned memory that disk pages pass through on their way to an accelerator, at most."""
+    return _RUNS * _RUN_BYTES
 
 
 class Transfer:
@@ -49,6 +51,7 @@ class Transfer:
         self.on_device = device.type != "cpu"
         self._stream: Any = torch.Stream(device=device) if self.on_device else None
         self._bounces: Bounces | None = None
+        self._each = 1
         self._fills: set[Fill] = set()
         self._lock = threading.Lock()
         self._closed = False
@@ -103,53 +106,69 @@ class Transfer:
             fill.fail(error)
 
     def _read(self, unit: PageUnit, slot: Slot, fill: Fill) -> None:
-        homes, number = self.homes, self.homes.number(unit)
-        store, kept = homes.store, homes.kept(unit)
+        store, kept, number = self.homes.store, self.homes.kept(unit), self.homes.number(unit)
         assert store is not None
-        reader = store.reader
-        reader.refresh()
-        ranges = reader.cells(number)
-        bounced = kept is None and self.on_device
-        if bounced:
+        store.reader.refresh()
+        count = len(store.reader.cells(number))
+        if kept is not None or not self.on_device:
+            piece = partial(self._read_cell, store, number, slot.buffer if kept is None else kept, fill)
+        else:
             self._after_use(slot)
-            self._make_bounces(reader.cell)
-        into = slot.buffer if kept is None else kept
-        fill.expect(len(ranges))
-
-        def piece(cell: int) -> None:
-            start, nbytes = ranges[cell]
-            if not bounced:
-                reader.read(number, cell, into[start:])
-                return
-            assert self._bounces is not None
-            bounce = self._bounces.take()
-            try:
-                reader.read(number, cell, bounce.memory)
-                with self._lock, self._stream:
-                    into[start : start + nbytes].copy_(bounce.memory[:nbytes], non_blocking=True)
-                    bounce.copied.record(self._stream)
-            finally:
-                self._bounces.give_back(bounce)
-
-        def last() -> None:
-            if kept is not None:
-                self._copy(homes.keep(unit), slot)
-            elif bounced:
-                with self._lock:
-                    slot.ready = self._stream.record_event()
-            else:
-                slot.buffer[:0].zero_()  # an in-place change that autograd sees
-
-        done = partial(self._fills.discard, fill)
-        fill.when_done(done)
-        if not ranges:
+            bounces, each = self._bouncing(store)
+            runs = [Run(bounces, min(each, count - first)) for first in range(0, count, each)]
+            piece = partial(self._bounce_cell, store, number, slot.buffer, fill, runs, each)
+        last = partial(self._filled, unit, slot, kept)
+        fill.when_done(partial(self._fills.discard, fill))
+        fill.expect(count)
+        if not count:
             fill.end(last)
-        threads = store.threads()
-        for cell in range(len(ranges)):
+        try:
+            store.threads().submit(*(partial(fill.piece, partial(piece, n), last) for n in range(count)))
+        except RuntimeError as error:  # the threads were ended meanwhile
+            fill.fail(error)
+
+    def _read_cell(self, store: Store, number: int, into: torch.Tensor, fill: Fill, cell: int) -> None:
+        if fill.wanted:
+            store.reader.read(number, cell, into[store.reader.cells(number)[cell][0] :])
+
+    def _bounce_cell(
+        self,
+        store: Store,
+        number: int,
+        into: torch.Tensor,
+        fill: Fill,
+        runs: list[Run],
+        each: int,
+        cell: int,
+    ) -> None:
+        """Read a cell into its run's piece; whoever reads the last of a run launches its copy."""
+        run, reader = runs[cell // each], store.reader
+        start = cell // each * each * reader.cell
+        try:
+            if fill.wanted:
+                reader.read(number, cell, run.memory()[cell * reader.cell - start :])
+        except BaseException as error:
+            fill.spoil(error)
+        if run.ends():
+            bounce = run.bounce
             try:
-                threads.submit(partial(fill.piece, partial(piece, cell), last))
-            except RuntimeError as error:  # the threads were ended meanwhile
-                fill.piece(partial(_fail, error), last)
+                if bounce is not None and fill.wanted:
+                    source = bounce.memory[: min(each * reader.cell, store.layouts[number].nbytes - start)]
+                    with self._lock, self._stream:
+                        into[start : start + source.numel()].copy_(source, non_blocking=True)
+                        bounce.copied.record(self._stream)
+            finally:
+                run.give_back()
+
+    def _filled(self, unit: PageUnit, slot: Slot, kept: torch.Tensor | None) -> None:
+        """All cells were read."""
+        if kept is not None:
+            self._copy(self.homes.keep(unit), slot)
+        elif self.on_device:
+            with self._lock:
+                slot.ready = self._stream.record_event()
+        else:
+            slot.buffer[:0].zero_()  # an in-place change that autograd sees
 
     def _end(self, fill: Fill, slot: Slot, source: torch.Tensor | None) -> None:
         self._fills.discard(fill)
@@ -176,10 +195,14 @@ class Transfer:
             self._stream.wait_event(event)
         slot.used = {}
 
-    def _make_bounces(self, cell: int) -> None:
+    def _bouncing(self, store: Store) -> tuple[Bounces, int]:
+        """Return the pieces, and how many cells one takes."""
         with self._lock:
             if self._bounces is None:
-                self._bounces = Bounces(reading_thread_count() + _SPARE_BOUNCES, cell, self.device)
+                cell, largest = store.reader.cell, max(layout.extent for layout in store.layouts)
+                nbytes = min(_RUN_BYTES // cell * cell or cell, largest)
+                self._bounces, self._each = Bounces(_RUNS, nbytes, self.device), -(-nbytes // cell)
+            return self._bounces, self._each
 
     def __del__(self) -> None:
         # the slots' memory may be given to others as soon as they are gone
@@ -203,7 +226,3 @@ class Transfer:
         if self._bounces is not None:
             self._bounces.close()
             self._bounces = None
-
-
-def _fail(error: BaseException) -> None:
-    raise error
