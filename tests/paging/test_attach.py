@@ -424,7 +424,19 @@ def test_buffers_can_be_paged(tmp_path, device_map):
 # What a paged model refuses
 
 
-@pytest.mark.parametrize("move", [lambda m: m.to("cpu"), lambda m: m.cuda(), lambda m: m.half(), lambda m: m.float(),
+def test_a_move_to_where_it_executes_changes_nothing(tmp_path):
+    model = page(make(), {"": "disk"}, tmp_path)
+    assert model.to("cpu") is model
+    assert model.to(torch.device("cpu"), non_blocking=True) is model
+    around = nn.Sequential(model)
+    around.to("cpu")  # through _apply: torch never asks the module below for its own `to`
+    assert any(p.is_meta for p in model.parameters())
+    for wrong in (lambda: around.to("meta"), around.half, lambda: around.to(torch.float64)):
+        with pytest.raises(PagingError, match="materialize"):
+            wrong()
+
+
+@pytest.mark.parametrize("move", [lambda m: m.to("meta"), lambda m: m.cuda(), lambda m: m.half(), lambda m: m.float(),
                                   lambda m: m.cpu(), lambda m: m.to(torch.float64), lambda m: m.double()])  # fmt: skip
 def test_it_cannot_be_moved_or_converted(tmp_path, want, move):
     model = page(make(), {"": "disk"}, tmp_path)

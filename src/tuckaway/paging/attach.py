@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any, NoReturn
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -12,7 +11,8 @@ from tuckaway.errors import PagingError
 from tuckaway.paging.binding import Page
 from tuckaway.paging.homes import PageHomes
 from tuckaway.paging.hooks import PagedWeights, PageHook
-from tuckaway.paging.state import ATTRIBUTE, MOVES, Paging, paging_of
+from tuckaway.paging.moves import guard_moves
+from tuckaway.paging.state import ATTRIBUTE, Paging, paging_of
 from tuckaway.paging.units import PagePlan
 
 __all__ = ["attach"]
@@ -61,9 +61,7 @@ def attach(
     _hook(model, paging, modules, skip_keys, io_same_device)
     object.__setattr__(model, ATTRIBUTE, paging)
     if paging.pages:
-        for name in MOVES:
-            if hasattr(model, name):
-                model.__dict__[name] = _refusal(name)
+        guard_moves(model, plan.execution_device)
     return paging
 
 
@@ -115,17 +113,6 @@ def _names_below(path: str, plan: PagePlan) -> dict[str, str]:
         for name in plan.specs
         if name.startswith(start) and plan.page_of(name) is not None
     }
-
-
-def _refusal(name: str) -> Callable[..., Any]:
-    def refuse(*args: object, **kwargs: object) -> NoReturn:
-        raise PagingError(
-            f"a paged model cannot be moved or converted as a whole ({name})",
-            hint="load it with another device_map or dtype, or bring it back first: tuckaway.materialize(model)",
-        )
-
-    refuse.__name__ = name
-    return refuse
 
 
 def _tensor(model: nn.Module, name: str) -> torch.Tensor:

@@ -21,6 +21,7 @@ from tuckaway.errors import PagingError
 from tuckaway.paging.binding import Page
 from tuckaway.paging.inputs import first_device, move, wants_grad
 from tuckaway.paging.pager import Turn
+from tuckaway.paging.recompute import bring_in_again
 from tuckaway.paging.units import as_device
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ class PageHook(AlignDevicesHook):  # type: ignore[misc]
         if self.io_same_device:
             entry.home = first_device((args, kwargs))
         if self.pages:
+            bring_in_again(self._module, self._in_place)
             self._bring_in(entry, (args, kwargs))
         if self._device is None:
             return args, kwargs
@@ -191,6 +193,17 @@ class PageHook(AlignDevicesHook):  # type: ignore[misc]
             turn = self.paging.pager.bring_in(page, own=own)
             if turn is not None:
                 entry.turns.append(turn)
+
+    def _in_place(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a function with the pages in, as they are already unless it is run in a backward pass."""
+        if all(page.turns for page in self.pages):
+            return function(*args, **kwargs)
+        entry = _Entry(direct=True)
+        try:
+            self._bring_in(entry, (args, kwargs), own=True)
+            return function(*args, **kwargs)
+        finally:
+            self._release(entry)
 
     def _release(self, entry: _Entry) -> None:
         while entry.turns:

@@ -36,6 +36,7 @@ MOVES = (
     "type",
     "to_empty",
     "share_memory",
+    "_apply",
 )
 """Methods of a module that would move or convert tensors which are elsewhere."""
 
