@@ -21,7 +21,7 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.ipynb")),
 ]
 GLOBAL = {"--help", "--version", "--verbose", "--install-completion", "--show-completion"}
-_SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_SHELL = re.compile(r"^```(?:sh|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def shown() -> Iterator[tuple[str, list[str]]]:

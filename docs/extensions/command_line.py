@@ -62,7 +62,9 @@ def rows(command: Callable[..., None]) -> Iterator[tuple[str, str, str]]:
                 *(info.param_decls or ()),
             )  # in Annotated, the first takes the default's place
             spelt = [name for name in given if isinstance(name, str) and name.startswith("-")]
-            spelt = spelt or [f"--{parameter.name.replace('_', '-')}"]
+            if not spelt:
+                own = parameter.name.replace("_", "-")
+                spelt = [f"--{own}", f"--no-{own}"] if kinds == [bool] else [f"--{own}"]
             values = "" if kinds == [bool] else " " + (info.metavar or metavar(kinds))
             name = ", ".join(spelt) + values
         yield f"`{name}`", " ".join((info.help or "").split()), default(parameter.default)
@@ -89,8 +91,10 @@ def default(value: Any) -> str:
     """Write a default as it would be typed; nothing for none."""
     if value is inspect.Parameter.empty:
         return "required"
-    if value is None or value is False:
+    if value is None or value is False or value == []:
         return ""
+    if value is True:
+        return "on"
     values = value if isinstance(value, list) else [value]
     return ", ".join(f"`{item.value if isinstance(item, enum.Enum) else item}`" for item in values)
 
