@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 SHOWN = {
     "any_module.py": ["nf4: ", "relative error of the output: 0."],
     "gpt2_conv1d.py": ["Conv1D.weight [128, 384]: int8", "largest difference of a logit: 0.0"],
+    "language_model.py": ["paged: {'disk': ", "the same tokens: True", "and from the saved folder: True"],
     "mingpt_gpt2.py": ["MB in fp32", "tokens: [1, 2, 3, "],
     "tight_memory.py": ["lm_head            disk", "bit-identical to those of the resident model: True"],
 }
