@@ -7,7 +7,8 @@ every time. Nothing here waits for a device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Final
 
@@ -19,8 +20,8 @@ PIECE_BYTES: Final = {"cpu": 16 << 20}
 DEFAULT_PIECE_BYTES: Final = 64 << 20
 """On GPUs: 8192 x 4096 bf16 weights keep every multiprocessor of an H100 busy in the product."""
 
-AHEAD_ROWS: Final = 1024
-"""Rows of x from which pieces are decoded while the one before is multiplied."""
+LANES = 1
+"""Streams that pieces take turns on, so that one is decoded while another is multiplied."""
 
 Decode = Callable[[int, int, torch.Tensor], torch.Tensor]
 """``decode(first, last, buffer)`` decodes rows first to last - 1 into the flat buffer: ``[last - first, cols]``."""
@@ -84,13 +85,18 @@ def product_by_pieces(
         result = matrix @ right if added is None else torch.addmm(added, matrix, right)
     elif transpose:
         result = torch.empty((matrix.shape[0], rows), dtype=work, device=x.device)
-        decoded = decoded_ahead if x.device.type == "cuda" and matrix.shape[0] >= AHEAD_ROWS else decoded_each
-        for first, last, weights in decoded(decode, rows, step, buffer, x.device):
+
+        def multiply(first: int, last: int, weights: torch.Tensor) -> None:
             part, right = result[:, first:last], weights.to(work).t()
             if added is None:
                 torch.mm(matrix, right, out=part)
             else:
                 torch.addmm(added[first:last], matrix, right, out=part)
+
+        lanes = LANES if x.device.type == "cuda" else 1
+        _by_pieces(
+            decode, multiply, rows, step, [buffer, *(torch.empty_like(buffer) for _ in range(lanes - 1))]
+        )
     else:
         total = torch.zeros((matrix.shape[0], cols), dtype=torch.float32, device=x.device)
         for first in range(0, rows, step):
@@ -100,48 +106,34 @@ def product_by_pieces(
     return result.to(compute_dtype).to(x.dtype).view(shape)
 
 
-def decoded_each(
-    decode: Decode, rows: int, step: int, buffer: torch.Tensor, device: torch.device
-) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Yield first and last row and the weights of each piece, decoded into one buffer."""
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
-        yield first, last, decode(first, last, buffer)
+def _by_pieces(
+    decode: Decode,
+    multiply: Callable[[int, int, torch.Tensor], None],
+    rows: int,
+    step: int,
+    buffers: list[torch.Tensor],
+) -> None:
+    """Decode and multiply pieces in turn, with several buffers on as many streams.
 
-
-def decoded_ahead(
-    decode: Decode, rows: int, step: int, buffer: torch.Tensor, device: torch.device
-) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """As `decoded_each`, each piece but the first decoded on another stream while the one before it is used.
-
-    The caller's stream waits for every piece before it is given, so that when the last was given nothing is left on the
-    other stream: what it read may be freed. Events alone order the two, which a CUDA graph can capture.
+    The caller's stream begins before the others and ends after them, by events alone, which a CUDA graph can capture;
+    so what they use may be freed when this returns, and the same bits come out whichever is faster.
     """
-    main, side = torch.cuda.current_stream(device), _side_stream(device)
-    buffers = buffer, torch.empty_like(buffer)
-    side.wait_stream(main)
-    used: list[torch.cuda.Event] = []
-    starts = list(range(0, rows, step))
-
-    def start(i: int) -> tuple[torch.Tensor, torch.cuda.Event]:
-        with torch.cuda.stream(side):
-            if i >= 2:
-                side.wait_event(used[i - 2])
-            return decode(starts[i], min(starts[i] + step, rows), buffers[i % 2]), side.record_event()
-
-    following = start(0)
-    for i, first in enumerate(starts):
-        weights, ready = following
-        main.wait_event(ready)
-        if i + 1 < len(starts):
-            following = start(i + 1)
-        yield first, min(first + step, rows), weights
-        used.append(main.record_event())
+    device = buffers[0].device
+    streams = _streams(device, len(buffers) - 1)
+    main = torch.cuda.current_stream(device) if streams else None
+    for stream in streams:
+        stream.wait_stream(main)
+    for i, first in enumerate(range(0, rows, step)):
+        last, lane = min(first + step, rows), i % len(buffers)
+        with torch.cuda.stream(streams[lane - 1]) if lane else nullcontext():
+            multiply(first, last, decode(first, last, buffers[lane]))
+    for stream in streams:
+        torch.cuda.current_stream(device).wait_stream(stream)
 
 
 @cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def _streams(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
+    return tuple(torch.cuda.Stream(device) for _ in range(count))
 
 
 def check_product(x: torch.Tensor, bias: torch.Tensor | None, inner: int, outer: int) -> None:

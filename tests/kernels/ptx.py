@@ -24,6 +24,11 @@ def _bits(a: Array) -> Array:
     return np.ascontiguousarray(a, dtype=np.float32).view(np.uint32)
 
 
+def _flush(a: Array) -> Array:
+    """Fp32 bits with subnormal numbers as zeros of their sign."""
+    return np.where(a & np.uint32(0x7F800000), a, a & np.uint32(0x80000000))
+
+
 def _halves(a: Array) -> tuple[Array, Array]:
     return (a & 0xFFFF).astype(np.uint16), (a >> 16).astype(np.uint16)
 
@@ -106,6 +111,7 @@ def _m16n8k16(operands: str, registers: dict[str, Array], value: Callable[[str],
 
 
 _INSTRUCTIONS: dict[str, Callable[..., Array]] = {
+    "mov.b32": lambda a: a,
     "mov.u32": lambda a: a,
     "mov.f32": lambda a: a,
     "add.u32": lambda a, b: a + b,
@@ -131,8 +137,9 @@ _INSTRUCTIONS: dict[str, Callable[..., Array]] = {
     "add.f32": lambda a, b: _bits(_f32(a) + _f32(b)),
     "sub.f32": lambda a, b: _bits(_f32(a) - _f32(b)),
     "mul.f32": lambda a, b: _bits(_f32(a) * _f32(b)),
+    "mul.rn.ftz.f32": lambda a, b: _flush(_bits(_f32(_flush(a)) * _f32(_flush(b)))),
 }
-_NAMES = {"tuckaway_table"}
+_NAMES = {"tuckaway_table", "tuckaway_pairs"}
 _SPECIAL = {"%lanemask_eq": 8, "%lanemask_lt": 7}
 
 
@@ -162,11 +169,16 @@ def run(text: str, registers: dict[str, Array]) -> dict[str, Array]:
         if name == "st.shared.v4.b32":
             _store_shared(rest, value)
             continue
+        if name == "ld.shared.v2.f32":  # {low, high}, [address]
+            pair, address = re.fullmatch(r"\{(.*)\}, \[(.*)\]", rest).groups()  # type: ignore[union-attr]
+            for i, part in enumerate(pair.split(", ")):
+                registers[part] = _SHARED[value(address) // 4 + i]
+            continue
         if name.startswith("mma.sync.aligned.m16n8k16"):
             _m16n8k16(rest, registers, value)
             continue
         operands = [o.strip(" []") for o in rest.split(",")]
-        if name == "mov.b32":  # {low, high} <- word
+        if name == "mov.b32" and "{" in rest:  # {low, high} <- word
             low, high = _halves(value(operands[2]))
             registers[operands[0].strip("{} ")], registers[operands[1].strip("{} ")] = (
                 low.astype(np.uint32),

@@ -172,7 +172,7 @@ def fragment_kernel(
     EVEN: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Take x from `order_rows_kernel`, as int32 of two fp16, its rows times powers fp32; codes as int32 of eight.
+    """Take x from `order_rows_kernel`, as int32 of two fp16, with its powers; codes as int32 of eight.
 
     OVERLAP: the launch before this one, which wrote x, may still run; codes are read before that is waited for.
     out [m, rows], or fp32 [SPLIT, m, rows] if SPLIT > 1. A warp takes 8 * ROWS rows of the matrix (ROWS: 2 or 4) and
@@ -188,9 +188,13 @@ def fragment_kernel(
     group = lane // 4
     warp = thread // 32
     blocks = cols // 64
-    row = (tl.program_id(0) * ACROSS + warp % ACROSS) * (8 * ROWS) + group
-    x_tiles = tl.num_programs(2) * TILES
-    begin = tl.program_id(1) * split_steps
+    # neighbouring programs take different columns, so that those a multiprocessor has at once, which on an H100 are
+    # 132 apart, take the same and find each other's x in the first-level cache
+    part = tl.program_id(0) % SPLIT
+    first_row = tl.program_id(0) // SPLIT * (ACROSS * 8 * ROWS)
+    row = first_row + warp % ACROSS * (8 * ROWS) + group
+    x_tiles = tl.num_programs(1) * TILES
+    begin = part * split_steps
     end = tl.minimum(begin + split_steps, (blocks + BLOCKS * DEEP - 1) // (BLOCKS * DEEP))
     deep = warp // ACROSS
     zero = tl.zeros([THREADS], dtype=tl.float32)
@@ -217,7 +221,7 @@ def fragment_kernel(
     )
     table = fill_table(THREADS, FP4)
     x_lane = begin_next_launch(after_launch_before(lane)) * 4 if OVERLAP else lane * 4
-    x_lane += tl.program_id(2) * (TILES * 256)
+    x_lane += tl.program_id(1) * (TILES * 256)
     for step in tl.range(begin, end, num_stages=1):
         block = (step * DEEP + deep) * BLOCKS
         # the last step loads once more what it has
@@ -261,65 +265,82 @@ def fragment_kernel(
                     x_at + (tile * 256 + 128), there, THREADS, EVEN
                 )
                 for pair in tl.static_range(ROWS // 2):
-                    part = multiply_block(left[16 * pair : 16 * pair + 16], values)
+                    product = multiply_block(left[16 * pair : 16 * pair + 16], values)
                     added = added + (
-                        sums[4 * (tile * (ROWS // 2) + pair)] + part[0] * scale[2 * pair],
-                        sums[4 * (tile * (ROWS // 2) + pair) + 1] + part[1] * scale[2 * pair],
-                        sums[4 * (tile * (ROWS // 2) + pair) + 2] + part[2] * scale[2 * pair + 1],
-                        sums[4 * (tile * (ROWS // 2) + pair) + 3] + part[3] * scale[2 * pair + 1],
+                        sums[4 * (tile * (ROWS // 2) + pair)] + product[0] * scale[2 * pair],
+                        sums[4 * (tile * (ROWS // 2) + pair) + 1] + product[1] * scale[2 * pair],
+                        sums[4 * (tile * (ROWS // 2) + pair) + 2] + product[2] * scale[2 * pair + 1],
+                        sums[4 * (tile * (ROWS // 2) + pair) + 3] + product[3] * scale[2 * pair + 1],
                     )
             sums = added
         words, factors = next_words, next_factors
     place = tl.arange(0, ACROSS * 32)
-    first_row = tl.program_id(0) * (ACROSS * 8 * ROWS) + (place // 32) * (8 * ROWS) + (place % 32) // 4
-    first_x = tl.program_id(2) * (8 * TILES) + place % 4 * 2
+    lane_row = first_row + place // 32 * (8 * ROWS) + place % 32 // 4
+    lane_x = tl.program_id(1) * (8 * TILES) + place % 4 * 2
     # few sums a thread at once, so that those of all warps fit in the shared memory that the table leaves
     COUNT: tl.constexpr = 2 * TILES * ROWS
-    CHUNK: tl.constexpr = COUNT if COUNT * THREADS <= 4096 or DEEP == 1 else 4096 // THREADS
+    CHUNK: tl.constexpr = COUNT if COUNT * THREADS <= 4096 else 4096 // THREADS
     for chunk in tl.static_range(COUNT // CHUNK):
         result = rows_together(sums[chunk * CHUNK : chunk * CHUNK + CHUNK], CHUNK, THREADS)
         if DEEP > 1:  # the warps that took different steps, in order
             result = tl.sum(tl.reshape(result, [DEEP, ACROSS * 32, CHUNK]), axis=0)
         which = chunk * CHUNK + tl.arange(0, CHUNK)
-        out_row = first_row[:, None] + (which // 4 % (ROWS // 2) * 16 + which % 4 // 2 * 8)[None, :]
-        out_x = first_x[:, None] + (which // (2 * ROWS) * 8 + which % 2)[None, :]
+        out_row = lane_row[:, None] + (which // 4 % (ROWS // 2) * 16 + which % 4 // 2 * 8)[None, :]
+        out_x = lane_x[:, None] + (which // (2 * ROWS) * 8 + which % 2)[None, :]
         mask = (out_row < rows) & (out_x < m)
-        result = result * tl.load(powers + out_x, mask=out_x < m, other=0.0)
+        result = result * tl.load(powers + part * m + out_x, mask=out_x < m, other=0.0)
         if BIAS and SPLIT == 1:
             result += tl.load(bias + out_row, mask=mask, other=0.0).to(tl.float32)
-        at = out + (tl.program_id(1).to(tl.int64) * m + out_x) * rows + out_row
+        at = out + (part.to(tl.int64) * m + out_x) * rows + out_row
         tl.store(at, result.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def order_rows_kernel(x, out, powers, m, cols, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr):
-    """X [m, cols] -> out fp16, x / power in the order `fragment_kernel` reads it, zeros for rows up to the whole grid.
+def order_rows_kernel(
+    x, out, powers, m, cols, share, COLUMNS: tl.constexpr, ONCE: tl.constexpr, OVERLAP: tl.constexpr
+):
+    """Bring x [m, cols] to fp16 in the order `fragment_kernel` reads it, with zeros for rows up to the whole grid.
 
-    powers fp32 [m]: 2**k that brings a row's largest to 2**3 .. 2**4. With 64 products of codes at most 1 a block, sums
-    are taken in fp32 anyway; what matters is the margin above 2**-24, for values 2**27 times smaller than the largest.
+    One program for each row and each ``share`` of its columns, which it divides by powers fp32 [shares, m]: 2**k that
+    brings the largest to 2**3 .. 2**4. With 64 products of codes at most 1 a block, sums are taken in fp32 anyway;
+    what matters is the margin above 2**-24, for values 2**27 times smaller than the largest. ONCE: a share has COLUMNS
+    columns at most.
 
     The order: blocks of 64 columns, in them 8 rows of x at a time, in them the first 8 of each lane's 16 columns, then
-    the others, so that a warp reads 512 bytes in a row. One program a row.
+    the others, so that a warp reads 512 bytes in a row.
     """
     row = tl.program_id(0)
     column = tl.arange(0, COLUMNS)
     if OVERLAP:
         column = begin_next_launch(column)
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, cols)
     start = x + row.to(tl.int64) * cols
     there = tl.zeros([COLUMNS], dtype=tl.int32) + row < m
-    largest = tl.zeros([COLUMNS], dtype=tl.float32)
-    for first in range(0, cols, COLUMNS):
-        value = tl.load(start + first + column, mask=(first + column < cols) & there, other=0.0)
-        largest = tl.maximum(largest, tl.abs(value.to(tl.float32)))
+    value = tl.load(start + begin + column, mask=(begin + column < end) & there, other=0.0).to(tl.float32)
+    largest = tl.abs(value)
+    if not ONCE:
+        for first in range(begin + COLUMNS, end, COLUMNS):
+            more = tl.load(start + first + column, mask=(first + column < end) & there, other=0.0)
+            largest = tl.maximum(largest, tl.abs(more.to(tl.float32)))
     exponent = (tl.max(largest, axis=0).to(tl.int32, bitcast=True) >> 23) & 0xFF
     exponent = tl.minimum(tl.maximum(exponent, 5), 254)
     factor = ((257 - exponent) << 23).to(tl.float32, bitcast=True)
-    tiles = tl.num_programs(0) // 8
-    target = out + (row // 8) * 512 + row % 8 * 32
-    for first in range(0, cols, COLUMNS):
-        place = first + column
-        mask = place < cols
-        value = tl.load(start + place, mask=mask & there, other=0.0).to(tl.float32) * factor
-        at = place // 64 * (tiles * 512) + place % 16 // 8 * 256 + place % 64 // 16 * 8 + place % 8
-        tl.store(target + at, value.to(tl.float16), mask=mask)
-    tl.store(powers + row, ((exponent - 3) << 23).to(tl.float32, bitcast=True), mask=row < m)
+    target = out + row // 8 * 512 + row % 8 * 32
+    stride = tl.num_programs(0) // 8 * 512
+    if ONCE:
+        store_ordered(target, value * factor, begin + column, end, stride)
+    else:
+        for first in range(begin, end, COLUMNS):
+            place = first + column
+            value = tl.load(start + place, mask=(place < end) & there, other=0.0).to(tl.float32)
+            store_ordered(target, value * factor, place, end, stride)
+    power = ((exponent - 3) << 23).to(tl.float32, bitcast=True)
+    tl.store(powers + tl.program_id(1) * m + row, power, mask=row < m)
+
+
+@triton.jit
+def store_ordered(target, value, place, end, stride):
+    """Store the values of these columns of a row; ``stride`` elements lie between blocks."""
+    at = place // 64 * stride + place % 16 // 8 * 256 + place % 64 // 16 * 8 + place % 8
+    tl.store(target + at, value.to(tl.float16), mask=place < end)

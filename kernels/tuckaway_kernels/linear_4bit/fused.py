@@ -12,7 +12,7 @@ from tuckaway_kernels.launching import Launch, overlaps
 from tuckaway_kernels.selection import Choice
 
 _COMBINE_TILE = 512
-_ROW_TILE = 4096
+_ROW_TILE = 8192
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def fused_product(
     else:
         padded = -(-m // choice.tile_m) * choice.tile_m
         ordered = torch.empty((padded, cols), dtype=torch.float16, device=x.device)
-        powers = torch.empty(m, dtype=torch.float32, device=x.device)
+        powers = torch.empty((choice.split, m), dtype=torch.float32, device=x.device)
         plan.prepare(x, ordered, powers)
         plan.multiply(ordered, powers, *shared, added, target)
     if plan.combine is not None:
@@ -138,16 +138,23 @@ def _gemv(
     )
 
 
+def _share(choice: Choice, cols: int) -> int:
+    """Return how many steps of the columns a program takes."""
+    steps = -(-(cols // 64) // (choice.blocks * (choice.warps // choice.across)))
+    return -(-steps // choice.split)
+
+
 def _order(choice: Choice, m: int, cols: int, overlap: bool) -> Launch:
     from tuckaway_kernels.linear_4bit.fragments import order_rows_kernel
 
-    columns = min(1 << (cols - 1).bit_length(), _ROW_TILE)
+    share = _share(choice, cols) * 64 * choice.blocks * (choice.warps // choice.across)
+    columns = min(1 << (share - 1).bit_length(), _ROW_TILE)
     return Launch(
         order_rows_kernel,
-        (-(-m // choice.tile_m) * choice.tile_m, 1, 1),
-        (m, cols),
-        {"COLUMNS": columns, "OVERLAP": overlap},
-        warps=8 if columns == _ROW_TILE else 4,
+        (-(-m // choice.tile_m) * choice.tile_m, choice.split, 1),
+        (m, cols, share),
+        {"COLUMNS": columns, "ONCE": share <= columns, "OVERLAP": overlap},
+        warps=8 if columns >= 4096 else 4,
         aligned=True,
     )
 
@@ -167,7 +174,6 @@ def _fragments(
 
     blocks, deep = cols // 64, choice.warps // choice.across
     program_rows = choice.tile_rows * choice.across
-    steps = -(-blocks // (choice.blocks * deep))
     constants = {
         "WARPS": choice.warps,
         "ACROSS": choice.across,
@@ -184,8 +190,8 @@ def _fragments(
     }
     return Launch(
         fragment_kernel,
-        (-(-rows // program_rows), choice.split, -(-m // choice.tile_m)),
-        (m, rows, cols, -(-steps // choice.split)),
+        (-(-rows // program_rows) * choice.split, -(-m // choice.tile_m), 1),
+        (m, rows, cols, _share(choice, cols)),
         constants,
         warps=choice.warps,
         words=(0, 2),
