@@ -7,8 +7,7 @@ every time. Nothing here waits for a device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Final
 
@@ -20,16 +19,23 @@ PIECE_BYTES: Final = {"cpu": 16 << 20}
 DEFAULT_PIECE_BYTES: Final = 64 << 20
 """On GPUs: 8192 x 4096 bf16 weights keep every multiprocessor of an H100 busy in the product."""
 
-LANES = 1
-"""Streams that pieces take turns on, so that one is decoded while another is multiplied."""
+AHEAD_ROWS: Final = 1024
+"""Rows of x from which pieces are decoded while the one before is multiplied."""
+
+CACHED_PIECE_BYTES: Final = 32 << 20
+"""As much as an H100's second-level cache holds until it is multiplied: 8192x8192, 4,096 rows of x: 767 to 746 us."""
+
+CACHED_ROWS: Final = 2048
+"""Rows of x with which even so small a piece keeps every multiprocessor busy; with 1,024 it is 8 us slower."""
 
 Decode = Callable[[int, int, torch.Tensor], torch.Tensor]
 """``decode(first, last, buffer)`` decodes rows first to last - 1 into the flat buffer: ``[last - first, cols]``."""
 
 
-def rows_at_once(cols: int, dtype: torch.dtype, device: torch.device, unit: int = 1) -> int:
-    """Return how many rows a piece has: at least one, a multiple of ``unit`` where that many fit."""
-    limit = PIECE_BYTES.get(device.type, DEFAULT_PIECE_BYTES)
+def rows_at_once(cols: int, dtype: torch.dtype, device: torch.device, unit: int = 1, m: int = 1) -> int:
+    """Return how many rows a piece has for ``m`` rows of x: at least one, a multiple of ``unit`` where it can be."""
+    many = CACHED_PIECE_BYTES if m >= CACHED_ROWS else DEFAULT_PIECE_BYTES
+    limit = PIECE_BYTES.get(device.type, many)
     rows = max(limit // (dtype.itemsize * max(cols, 1)), 1)
     return rows - rows % unit if rows >= unit else rows
 
@@ -77,7 +83,8 @@ def product_by_pieces(
     widen = compute_dtype == torch.float16 and x.device.type == "cpu"
     work = torch.float32 if widen else compute_dtype
     matrix, added = matrix.to(work), None if added is None else added.to(work)
-    step = min(rows_at_once(cols, torch.float32 if widen else compute_dtype, x.device, unit), rows)
+    dtype = torch.float32 if widen else compute_dtype
+    step = min(rows_at_once(cols, dtype, x.device, unit, matrix.shape[0]), rows)
     buffer = torch.empty(step * cols + spare, dtype=compute_dtype, device=x.device)
     if step >= rows:
         weights = decode(0, rows, buffer).to(work)
@@ -85,18 +92,13 @@ def product_by_pieces(
         result = matrix @ right if added is None else torch.addmm(added, matrix, right)
     elif transpose:
         result = torch.empty((matrix.shape[0], rows), dtype=work, device=x.device)
-
-        def multiply(first: int, last: int, weights: torch.Tensor) -> None:
+        decoded = decoded_ahead if x.device.type == "cuda" and matrix.shape[0] >= AHEAD_ROWS else decoded_each
+        for first, last, weights in decoded(decode, rows, step, buffer, x.device):
             part, right = result[:, first:last], weights.to(work).t()
             if added is None:
                 torch.mm(matrix, right, out=part)
             else:
                 torch.addmm(added[first:last], matrix, right, out=part)
-
-        lanes = LANES if x.device.type == "cuda" else 1
-        _by_pieces(
-            decode, multiply, rows, step, [buffer, *(torch.empty_like(buffer) for _ in range(lanes - 1))]
-        )
     else:
         total = torch.zeros((matrix.shape[0], cols), dtype=torch.float32, device=x.device)
         for first in range(0, rows, step):
@@ -106,34 +108,48 @@ def product_by_pieces(
     return result.to(compute_dtype).to(x.dtype).view(shape)
 
 
-def _by_pieces(
-    decode: Decode,
-    multiply: Callable[[int, int, torch.Tensor], None],
-    rows: int,
-    step: int,
-    buffers: list[torch.Tensor],
-) -> None:
-    """Decode and multiply pieces in turn, with several buffers on as many streams.
+def decoded_each(
+    decode: Decode, rows: int, step: int, buffer: torch.Tensor, device: torch.device
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Yield first and last row and the weights of each piece, decoded into one buffer."""
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        yield first, last, decode(first, last, buffer)
 
-    The caller's stream begins before the others and ends after them, by events alone, which a CUDA graph can capture;
-    so what they use may be freed when this returns, and the same bits come out whichever is faster.
+
+def decoded_ahead(
+    decode: Decode, rows: int, step: int, buffer: torch.Tensor, device: torch.device
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """As `decoded_each`, each piece but the first decoded on another stream while the one before it is used.
+
+    The caller's stream waits for every piece before it is given, so that when the last was given nothing is left on the
+    other stream: what it read may be freed. Events alone order the two, which a CUDA graph can capture.
     """
-    device = buffers[0].device
-    streams = _streams(device, len(buffers) - 1)
-    main = torch.cuda.current_stream(device) if streams else None
-    for stream in streams:
-        stream.wait_stream(main)
-    for i, first in enumerate(range(0, rows, step)):
-        last, lane = min(first + step, rows), i % len(buffers)
-        with torch.cuda.stream(streams[lane - 1]) if lane else nullcontext():
-            multiply(first, last, decode(first, last, buffers[lane]))
-    for stream in streams:
-        torch.cuda.current_stream(device).wait_stream(stream)
+    main, side = torch.cuda.current_stream(device), _side_stream(device)
+    buffers = buffer, torch.empty_like(buffer)
+    side.wait_stream(main)
+    used: list[torch.cuda.Event] = []
+    starts = list(range(0, rows, step))
+
+    def start(i: int) -> tuple[torch.Tensor, torch.cuda.Event]:
+        with torch.cuda.stream(side):
+            if i >= 2:
+                side.wait_event(used[i - 2])
+            return decode(starts[i], min(starts[i] + step, rows), buffers[i % 2]), side.record_event()
+
+    following = start(0)
+    for i, first in enumerate(starts):
+        weights, ready = following
+        main.wait_event(ready)
+        if i + 1 < len(starts):
+            following = start(i + 1)
+        yield first, min(first + step, rows), weights
+        used.append(main.record_event())
 
 
 @cache
-def _streams(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
-    return tuple(torch.cuda.Stream(device) for _ in range(count))
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def check_product(x: torch.Tensor, bias: torch.Tensor | None, inner: int, outer: int) -> None:

@@ -9,22 +9,13 @@ import torch
 
 from tuckaway_kernels.codebooks import check_4bit, check_dtype, codebook
 from tuckaway_kernels.dequantize_4bit import reference
-from tuckaway_kernels.launching import Launch, has_ptx, processors
+from tuckaway_kernels.launching import Launch, has_ptx
 from tuckaway_kernels.library import define
-from tuckaway_kernels.selection import fuses
 
 TILE = 4096
 """Weights a program decodes."""
 
 WARPS = 4
-
-TABLE_WORDS = 2
-"""Words of codes a thread decodes at once, by table."""
-
-TABLE_TILE = 256 * 8 * TABLE_WORDS
-
-TABLE_PROGRAMS = 6
-"""Programs a multiprocessor, each with a table of 32 KiB."""
 
 
 def launch(
@@ -49,28 +40,7 @@ def launch_out(
     check_4bit(format, blocksize, out.dtype, n, codes, absmax, out)
     if n == 0:
         return
-    if n % TABLE_TILE == 0 and blocksize >= 64 and out.dtype != torch.float32 and fuses(out.device):
-        launch_by_table(codes, absmax, format, blocksize, out, TABLE_PROGRAMS * processors(out.device))
-    else:
-        _prepared(n, blocksize)(codes, absmax, out, codebook(format, out.device))
-
-
-def launch_by_table(
-    codes: torch.Tensor, absmax: torch.Tensor, format: str, blocksize: int, out: torch.Tensor, programs: int
-) -> None:
-    """Decode a multiple of ``TABLE_TILE`` weights of 16 bits with ``programs`` programs at most."""
-    launch = _by_table(out.numel(), blocksize, out.dtype == torch.bfloat16, programs)
-    launch(codes, absmax, out, codebook(format, out.device))
-
-
-@lru_cache(maxsize=1024)
-def _by_table(n: int, blocksize: int, bf16: bool, programs: int) -> Launch:
-    from tuckaway_kernels.dequantize_4bit.table import decode_by_table_kernel
-
-    tiles = n // TABLE_TILE
-    constants = {"BLOCKSIZE": blocksize, "WORDS": TABLE_WORDS, "BF16": bf16}
-    grid = min(tiles, programs), 1, 1
-    return Launch(decode_by_table_kernel, grid, (tiles,), constants, warps=8, words=(0, 2), aligned=True)
+    _prepared(n, blocksize)(codes, absmax, out, codebook(format, out.device))
 
 
 @lru_cache(maxsize=1024)

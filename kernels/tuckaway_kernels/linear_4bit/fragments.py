@@ -220,7 +220,12 @@ def fragment_kernel(
         EVEN,
     )
     table = fill_table(THREADS, FP4)
-    x_lane = begin_next_launch(after_launch_before(lane)) * 4 if OVERLAP else lane * 4
+    # rows of x that are not there are not read, but the last again; their products are not written
+    there = tl.minimum(group, m - 1 - tl.program_id(1) * 8) if TILES == 1 else group
+    x_lane = there * 4 + lane % 4
+    if OVERLAP:
+        x_lane = begin_next_launch(after_launch_before(x_lane))
+    x_lane *= 4  # last, so that Triton sees that four words can be loaded at once
     x_lane += tl.program_id(1) * (TILES * 256)
     for step in tl.range(begin, end, num_stages=1):
         block = (step * DEEP + deep) * BLOCKS
@@ -257,12 +262,12 @@ def fragment_kernel(
                     lane_of(factors[2 * pair + 1], lane // 4 * 4 + b),
                 )
             added = ()
-            there = block + b < blocks
+            inside = block + b < blocks
             # one address a block: the rest is in the offsets of the loads
             x_at = x + ((block + b) * (x_tiles * 256) + x_lane)[:, None] + tl.arange(0, 4)[None, :]
             for tile in tl.static_range(TILES):
-                values = four_words(x_at + tile * 256, there, THREADS, EVEN) + four_words(
-                    x_at + (tile * 256 + 128), there, THREADS, EVEN
+                values = four_words(x_at + tile * 256, inside, THREADS, EVEN) + four_words(
+                    x_at + (tile * 256 + 128), inside, THREADS, EVEN
                 )
                 for pair in tl.static_range(ROWS // 2):
                     product = multiply_block(left[16 * pair : 16 * pair + 16], values)

@@ -27,18 +27,3 @@ def test_equals_the_reference(
     *_, out = interpret(LAUNCH, "launch_out", codes, absmax, format, blocksize, room[1:-1])
     expected = dequantize_4bit(codes, absmax, format, blocksize, [n], dtype)
     assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8))
-
-
-@pytest.mark.parametrize("format", ["nf4", "fp4"])
-@pytest.mark.parametrize("blocksize", [64, 512])
-def test_by_table_equals_the_reference(interpret: Callable[..., Any], format: str, blocksize: int) -> None:
-    interpret("kernels.ptx", "install")
-    n = 3 * 4096
-    codes = torch.randint(256, (n // 2,), dtype=torch.uint8)
-    absmax = torch.rand(n // blocksize)
-    absmax[0] = torch.finfo(torch.float32).tiny
-    out = torch.full((n,), torch.nan, dtype=torch.float16)
-    arguments = (codes, absmax, format, blocksize, out, 2)
-    *_, out = interpret(LAUNCH, "launch_by_table", *arguments)
-    expected = dequantize_4bit(codes, absmax, format, blocksize, [n], torch.float16)
-    assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8))
