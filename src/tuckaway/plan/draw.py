@@ -60,9 +60,13 @@ def _extent(memory: DeviceMemory) -> int:
 
 
 def _bar(memory: DeviceMemory, blocks: Sequence[PlannedBlock], top: int, scale: float) -> list[str]:
-    held = memory.in_use_bytes + memory.reserve_bytes
     limit = memory.limit_bytes
-    label = f"{format_bytes(held)}" + ("" if limit is None else f" of {format_bytes(limit)}")
+    within = memory.in_use_bytes + memory.reserve_bytes
+    if memory.device == "cpu" and limit is not None:
+        within -= memory.buffers_bytes  # which no limit of RAM is held to
+    label = format_bytes(within) + ("" if limit is None else f" of {format_bytes(limit)}")
+    if within < memory.in_use_bytes + memory.reserve_bytes:
+        label += f", and {format_bytes(memory.buffers_bytes)} of buffers"
     parts = [
         f'<text x="12" y="{top + 28}" font-weight="bold">{escape(_name(memory.device))}</text>',
         f'<text x="{_LEFT}" y="{top + _BAR + 16}" fill="#555555">{escape(label)}</text>',
@@ -99,12 +103,17 @@ def _box(x: float, top: int, width: float, color: str, tip: str) -> str:
 
 
 def _legend(blocks: Sequence[PlannedBlock], devices: Sequence[DeviceMemory], top: int) -> list[str]:
-    entries = dict.fromkeys((_main_format(block), _color(block)) for block in blocks)
-    entries |= dict.fromkeys(
+    names: dict[str, list[str]] = {}
+    for block in blocks:
+        of_color = names.setdefault(_color(block), [])
+        if _main_format(block) not in of_color:
+            of_color.append(_main_format(block))
+    entries = [(", ".join(formats), color) for color, formats in names.items()]
+    entries += [
         (name, color)
         for name, attribute, color in _PARTS
         if any(getattr(memory, attribute) for memory in devices)
-    )
+    ]
     parts, x = [], _LEFT
     for name, color in entries:
         parts.append(f'<rect x="{x}" y="{top}" width="12" height="12" fill="{color}"/>')

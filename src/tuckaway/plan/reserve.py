@@ -90,7 +90,8 @@ def estimate_reserve(
     cache = 2 * layers * tokens * key_heads * head * dtype.itemsize if caches else 0
     attention = tokens * (heads * head + 2 * key_heads * head)
     live = tokens * ((_HIDDEN_COPIES + 2) * hidden + _INNER_COPIES * inner + vocabulary) + attention
-    quantized = [math.prod(spec.shape) for spec in (specs or {}).values() if spec.layout is not None]
+    # of a stack of experts one is decoded at a time
+    quantized = [math.prod(spec.shape[-2:]) for spec in (specs or {}).values() if spec.layout is not None]
     largest = max(quantized, default=0)
     return Reserve(
         cache,
