@@ -1,0 +1,24 @@
+"""Memory of this process, against memory that was just taken."""
+
+from __future__ import annotations
+
+import torch
+
+from tuckaway.cli.machine import conditions
+from tuckaway.cli.memory import memory, peak_device_bytes, peak_process_bytes
+
+
+def test_what_is_taken_is_seen() -> None:
+    before = memory()
+    taken = torch.ones(2**24)  # 64 MiB, written to
+    after = memory()
+    assert after.process_bytes - before.process_bytes > 0.9 * taken.nbytes
+    assert peak_process_bytes() >= after.process_bytes - before.process_bytes
+    assert (peak_device_bytes() == 0) == (not torch.accelerator.is_available() or after.device_bytes == 0)
+
+
+def test_conditions_say_what_a_figure_depends_on() -> None:
+    found = conditions()
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert found["device"]
