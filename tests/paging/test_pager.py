@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -213,3 +216,122 @@ def test_pages_of_nothing(tmp_path):
     page(model, {"": "disk"}, tmp_path)
     with torch.no_grad():
         model[1](model[0](torch.zeros(1, WIDTH)))
+
+
+class Experts(torch.nn.Module):
+    """A router that chooses 2 of 16 anew for every token, between two blocks that are always used."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = Block(), Block()
+        self.experts = torch.nn.ModuleList(Block() for _ in range(16))
+
+    def forward(self, x, chosen):
+        x = self.first(x)
+        return self.last(sum(self.experts[i](x) for i in chosen))
+
+
+def test_only_the_experts_that_a_token_uses_are_copied(copies):
+    """A guess that was wrong is not repeated, so that hardly any other is brought in vain."""
+    resident, model = make(Experts), page(make(Experts), {"": "cpu"})
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, WIDTH)
+    with torch.no_grad():
+        for token in range(120):
+            chosen = torch.randperm(16, generator=generator)[:2].tolist()
+            assert torch.equal(model(x, chosen), resident(x, chosen))
+            if token == 19:
+                copies.clear()
+    needed = 100 * 4
+    assert len(copies) < 1.3 * needed
+    assert sum(name.startswith("experts") for name in copies) < 1.4 * 200
+
+
+def test_a_wait_that_is_interrupted_does_no_harm(tmp_path, monkeypatch):
+    model, want = page(make(), {"": "disk"}, tmp_path), forward(make())
+    wait, count = Transfer.wait, [0]
+
+    def interrupted(self, slot):
+        count[0] += 1
+        if count[0] % 5 == 0:
+            raise KeyboardInterrupt
+        wait(self, slot)
+
+    monkeypatch.setattr(Transfer, "wait", interrupted)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            forward(model)
+    monkeypatch.undo()
+    for _ in range(2):
+        assert torch.equal(forward(model), want)
+    assert all(page.users == page.turns == 0 for page in paging_of(model).pages)
+
+
+def test_disk_pages_that_stay_in_memory_are_read_once(tmp_path, monkeypatch):
+    read: list[tuple[int, int]] = []
+    whole = CellReader.read
+    monkeypatch.setattr(
+        CellReader, "read", lambda self, i, n, out: (read.append((i, n)), whole(self, i, n, out))[1]
+    )
+    model, want = page(make(), {"": "disk"}, tmp_path, disk_cache_bytes=3 * 2**14), forward(make())
+    for _ in range(4):
+        assert torch.equal(forward(model), want)
+    paging = paging_of(model)
+    kept = [p.unit for p in paging.pages if paging.homes.kept(p.unit) is not None]
+    assert 1 <= len(kept) < len(paging.pages)
+    for unit in kept:
+        assert read.count((paging.homes.number(unit), 0)) == 1
+        assert paging.homes.in_memory(unit) is not None
+
+
+def test_a_fork_of_the_process_says_so_and_leaves_the_folder_alone(tmp_path):
+    model = page(make(), {"": "disk"}, tmp_path, fingerprint="m")
+    forward(model)
+    before = {path.name for path in tmp_path.iterdir()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            forward(model)
+        except PagingError as error:
+            code = 0 if "forked" in str(error) else 2
+        finally:
+            paging_of(model).homes.close()  # as it would at the end of a process that exits by itself
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == before
+    assert torch.equal(forward(model), forward(make()))
+
+
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+def test_ten_thousand_turns_in_eight_threads_give_the_same_bits(tmp_path, home):
+    resident, model = make(), page(make(), {"": home}, tmp_path, slots=3)
+    inputs = [tokens(seed) for seed in range(8)]
+    with torch.no_grad():
+        wants = [resident(x) for x in inputs]
+    turns, failures = [0] * 8, []
+    interval = sys.getswitchinterval()
+
+    def work(number):
+        try:
+            with torch.no_grad():
+                while turns[number] < 10_000 // 8 and not failures:
+                    assert torch.equal(model(inputs[number]), wants[number])
+                    turns[number] += 8  # pages a forward
+        except BaseException as error:
+            failures.append(error)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(240)
+    finally:
+        sys.setswitchinterval(interval)
+    assert failures == []
+    assert sum(turns) >= 10_000
+    assert all(page.users == page.turns == 0 for page in paging_of(model).pages)

@@ -269,9 +269,9 @@ class Pager:
         sooner: list[Page] = []
         for _ in range(len(self.slots.all)):
             guess = self.order.guess(last, here)
-            last, here = here.unit.index, guess
-            if guess.gone:
+            if guess is None or guess.gone:
                 return
+            last, here = here.unit.index, guess
             if guess.slot is None:
                 slot = self._find(sooner)
                 if slot is not None:
