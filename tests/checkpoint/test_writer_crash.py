@@ -15,9 +15,10 @@ import pytest
 
 import generations
 from generations import ONE_FILE, SIX_SHARDS, TWO_SHARDS, generation_of
+from heavy import count
 from tuckaway.checkpoint import Checkpoint
 
-KILLS = int(os.environ.get("TUCKAWAY_KILLS", "40"))
+KILLS = count(20, 200)
 
 # Imports once, then forks a victim for every line it reads: a start of Python and torch takes longer than ten kills.
 ZYGOTE = """
@@ -27,11 +28,11 @@ from pathlib import Path
 import generations
 
 for line in sys.stdin:
-    folder, generation = line.split()
+    folder, generation, *sizes = line.split()
     victim = os.fork()
     if victim == 0:
         for number in range(int(generation), int(generation) + 1000):
-            size = random.choice([generations.ONE_FILE, generations.TWO_SHARDS, generations.SIX_SHARDS])
+            size = random.choice(sizes)
             os.write(2, b"(")
             generations.save(Path(folder), number, size)
             os.write(2, b")")
@@ -41,8 +42,11 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("sizes", [[ONE_FILE], [TWO_SHARDS, SIX_SHARDS, ONE_FILE]], ids=["single", "sharded"])
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-def test_a_killed_writer_leaves_the_old_or_the_new_checkpoint(tmp_path):
+def test_a_killed_writer_leaves_the_old_or_the_new_checkpoint(tmp_path, sizes):
     folder, log = tmp_path / "folder", tmp_path / "log"
     generations.save(folder, 0, TWO_SHARDS)
     path = os.pathsep.join(p for p in sys.path if p)
@@ -63,7 +67,7 @@ def test_a_killed_writer_leaves_the_old_or_the_new_checkpoint(tmp_path):
         assert zygote.stdin is not None
         assert zygote.stdout is not None
         for _ in range(KILLS):
-            print(folder, known + 1, file=zygote.stdin, flush=True)
+            print(folder, known + 1, *sizes, file=zygote.stdin, flush=True)
             victim = int(zygote.stdout.readline())
             start = log.stat().st_size
             while b"(" not in log.read_bytes()[start:] and time.sleep(0.001) is None:
@@ -79,6 +83,7 @@ def test_a_killed_writer_leaves_the_old_or_the_new_checkpoint(tmp_path):
             known = found
             assert len(Checkpoint.open(folder).entries) == len(generations.NAMES)
         zygote.stdin.close()
+    print(f"{KILLS} kills, {inside} inside a save, {advanced} after another generation was there")
     assert inside >= KILLS / 2  # or the kills show nothing
     assert advanced >= KILLS / 10
     paths = generations.save(folder, known + 1, SIX_SHARDS)

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 import tuckaway
+from heavy import count
 from loading import net
 from tuckaway.convert.staging import MANIFEST
 
-KILLS = int(os.environ.get("TUCKAWAY_KILLS", "100"))
+KILLS = count(10, 200)
 SHARD = 15_000
 
 # Imports once, then forks a victim for every line it reads: a start of Python and torch takes longer than ten kills.
@@ -42,7 +43,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_every_kill_is_followed_by_the_undisturbed_result(tmp_path):
     source, log = tmp_path / "source", tmp_path / "log"
@@ -91,6 +93,7 @@ def test_every_kill_is_followed_by_the_undisturbed_result(tmp_path):
                 path.unlink()
             target.rmdir()
         zygote.stdin.close()
+    print(f"{KILLS} kills, {inside} inside a conversion, {resumed} resumed behind finished shards")
     assert inside >= KILLS / 2  # or the kills show nothing
     assert resumed >= KILLS / 10  # and not all before the first shard
 

@@ -36,6 +36,9 @@ from tuckaway.errors import (
 
 __all__ = ["Checkpoint"]
 
+PICKLE_VARIABLE = "TUCKAWAY_ALLOW_PICKLE"
+"""Environment variable that refuses every pickle when it is 0, whatever the code passes."""
+
 _log = logging.getLogger("tuckaway")
 
 
@@ -206,9 +209,11 @@ def _open_index(path: Path, allow_pickle: bool, verify: bool) -> Checkpoint:
 
 
 def _permit_pickle(path: Path, allow_pickle: bool) -> None:
-    if not allow_pickle:
+    forbidden = os.environ.get(PICKLE_VARIABLE, "1").strip().lower() in ("0", "false", "no", "off")
+    if forbidden or not allow_pickle:
+        reason = f"{PICKLE_VARIABLE} is off" if forbidden else "allow_pickle=False"
         raise UnsafeFormatError(
-            "a pickle, and pickles are refused (allow_pickle=False)",
+            f"a pickle, and pickles are refused ({reason})",
             where=path,
             hint="use a safetensors version of this checkpoint",
         )

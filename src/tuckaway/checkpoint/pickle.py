@@ -36,6 +36,7 @@ __all__ = ["read_pickle"]
 
 _log = logging.getLogger("tuckaway")
 
+_SAFE_TORCH = (2, 10)  # the first without a known way round weights_only
 _ZIP = b"PK\x03\x04"
 _LOCAL_HEADER = 30  # bytes before the name of a record; the lengths of name and extra field are its last four
 _MAX_PICKLE = (
@@ -133,6 +134,12 @@ def _records(file: io.BufferedReader, size: int, path: Path) -> dict[int, int]:
 
 
 def _load(file: io.BufferedReader, path: Path, device: str) -> Any:
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _SAFE_TORCH:
+        raise UnsafeFormatError(
+            f"pickles are not read with torch {torch.__version__}, whose weights_only can be got round",
+            where=path,
+            hint=f"install torch {'.'.join(map(str, _SAFE_TORCH))} or newer, or use a safetensors version",
+        )
     try:
         return torch.load(file, map_location=device, weights_only=True)
     except OSError:

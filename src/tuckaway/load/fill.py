@@ -10,11 +10,12 @@ import torch
 
 from tuckaway.checkpoint import Progress, Request, Ring, stream
 from tuckaway.checkpoint.reader import read_tensor
+from tuckaway.errors import NonFiniteError
 from tuckaway.formats import Components
 from tuckaway.load.match import Feed
 from tuckaway.load.place import Destination, Streaming
 from tuckaway.load.scaled import SCALE, ScaledSink
-from tuckaway.load.sinks import CopySink, Sink, sink_for
+from tuckaway.load.sinks import CopySink, QuantizeSink, Sink, sink_for
 
 __all__ = ["fill", "fill_from_tensors"]
 
@@ -57,6 +58,7 @@ def fill(
     piece_bytes: int,
     progress: Progress | bool | None = None,
     ring: Ring | None = None,
+    non_finite: str = "raise",
 ) -> None:
     """Read every feed's tensors in file order and fill their destinations.
 
@@ -66,8 +68,10 @@ def fill(
         piece_bytes: most bytes of a checkpoint in memory at once, but for tensors that must come whole.
         progress: show a bar; ``None``: when standard error is a terminal; or one to advance that goes on after.
         ring: the buffers that the bytes pass through.
+        non_finite: ``"raise"`` or ``"keep"``: what to do about NaN and infinity in weights that are quantized.
 
     Raises:
+        NonFiniteError: there are some; it names them with their number.
         CheckpointError: a file is not what its header promised.
     """
     owner: dict[str, tuple[Feed, str]] = {}
@@ -79,6 +83,7 @@ def fill(
             owner[entry.name] = (feed, component)
             requests.append(Request(entry, *_piece_rules(feed)))
     fillings: dict[tuple[str, ...], _Filling] = {}
+    suspects: dict[str, int | torch.Tensor] = {}
     sinks: dict[str, Sink] = {}
     # closed at once when a sink fails: the traceback would keep the file and the thread that reads ahead
     reading = stream(requests, piece_bytes=piece_bytes, progress=progress, ring=ring)
@@ -96,10 +101,31 @@ def fill(
                 sink.write(piece.start, piece.tensor)
             if piece.last:
                 sink.finish()
+                if isinstance(sink, QuantizeSink):
+                    suspects[name] = sink.non_finite
                 del sinks[name]
                 filling.finished_one()
                 if filling.open == 0:
                     del fillings[feed.names]
+    _refuse_non_finite(suspects, non_finite)
+
+
+def _refuse_non_finite(suspects: Mapping[str, int | torch.Tensor], policy: str) -> None:
+    """Complain of the weights with values that no block of weights can be scaled by."""
+    if policy == "keep":
+        return
+    on_device = [count for count in suspects.values() if isinstance(count, torch.Tensor)]
+    known = iter(torch.stack(on_device).tolist() if on_device else [])  # the accelerator is waited for once
+    counts = {
+        name: next(known) if isinstance(count, torch.Tensor) else count for name, count in suspects.items()
+    }
+    bad = [f"{name!r} ({count})" for name, count in counts.items() if count]
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise NonFiniteError(
+            f"weights that are to be quantized hold NaN or infinity: {', '.join(bad[:5])}{more}",
+            hint="a scale cannot be made of them; skip these modules, or pass non_finite='keep' to quantize all the same",
+        )
 
 
 def _piece_rules(feed: Feed) -> tuple[int, bool]:
@@ -115,9 +141,18 @@ def _piece_rules(feed: Feed) -> tuple[int, bool]:
 
 
 def fill_from_tensors(
-    feeds: tuple[Feed, ...], state: Mapping[str, torch.Tensor], destination_of: Callable[[Feed], Destination]
+    feeds: tuple[Feed, ...],
+    state: Mapping[str, torch.Tensor],
+    destination_of: Callable[[Feed], Destination],
+    *,
+    non_finite: str = "raise",
 ) -> None:
-    """Quantize tensors that are in memory already: a model with real weights."""
+    """Quantize tensors that are in memory already: a model with real weights.
+
+    Raises:
+        NonFiniteError: as by :func:`fill`.
+    """
+    suspects: dict[str, int | torch.Tensor] = {}
     with torch.no_grad():
         for feed in feeds:
             destination = destination_of(feed)
@@ -127,4 +162,7 @@ def fill_from_tensors(
             if source.numel():
                 sink.write(0, source.view(-1))
             sink.finish()
+            if isinstance(sink, QuantizeSink):
+                suspects[feed.names[0]] = sink.non_finite
             destination.close(components)
+    _refuse_non_finite(suspects, non_finite)

@@ -15,7 +15,7 @@ from typing_extensions import override
 from tuckaway.formats import Components, Emit, PieceQuantizer, format_of
 from tuckaway.tensor import TensorSpec
 
-__all__ = ["CopySink", "PlainSink", "QuantizeSink", "Sink", "TransposedSink", "sink_for"]
+__all__ = ["CopySink", "PlainSink", "QuantizeSink", "Sink", "TransposedSink", "count_non_finite", "sink_for"]
 
 _STRIP_BYTES = 16 * 2**20
 """Decoded bytes that a transposing sink works on at once."""
@@ -91,12 +91,15 @@ class QuantizeSink(Sink):
         self.align = align
         self.dtype = dtype
         self.device = device
+        self.non_finite: int | torch.Tensor = 0  # values so far that are NaN or infinite
 
     @override
     def write(self, start: int, piece: torch.Tensor) -> None:
         if self.device != piece.device:
             piece = piece.to(self.device, non_blocking=True)
-        self.quantizer.write(start, piece.to(self.dtype))
+        piece = piece.to(self.dtype)
+        self.non_finite = self.non_finite + count_non_finite(piece)
+        self.quantizer.write(start, piece)
 
     @override
     def finish(self) -> None:
@@ -126,6 +129,7 @@ class TransposedSink(QuantizeSink):
     def write(self, start: int, piece: torch.Tensor) -> None:
         if self.device != piece.device:
             piece = piece.to(self.device, non_blocking=True)
+        self.non_finite = self.non_finite + count_non_finite(piece.to(self.dtype))
         source = piece.view(-1, *self.shape[-2:])
         _, cols, rows = source.shape  # the source is [cols, rows], the stored tensor [rows, cols]
         step = strip_rows(rows, cols, self.align)
@@ -137,6 +141,20 @@ class TransposedSink(QuantizeSink):
             for row in range(0, rows, step):
                 strip = matrix[:, row : row + step].t().to(self.dtype).contiguous()
                 self.quantizer.write((index * rows + row) * cols, strip.view(-1))
+
+
+def count_non_finite(piece: torch.Tensor) -> int | torch.Tensor:
+    """Return how many values are NaN or infinite: on an accelerator as a 0-d tensor, without waiting for it.
+
+    On the CPU one pass over the smallest and largest value tells that there are none: 0.1 s a GB, beside seconds of
+    quantization.
+    """
+    if not piece.numel() or not piece.dtype.is_floating_point:
+        return 0
+    if piece.device.type == "cpu":
+        extremes = torch.stack(torch.aminmax(piece))
+        return 0 if extremes.isfinite().all() else piece.numel() - int(piece.isfinite().sum())
+    return piece.numel() - piece.isfinite().sum()
 
 
 def strip_rows(rows: int, cols: int, align: int) -> int:

@@ -217,6 +217,9 @@ class Store:
             "checksums": checksums,
         }
         files.sync(self._fd, self.path)
+        files.sync_folder(
+            self.folder
+        )  # before the manifest: after a power loss it must not be there without the pages
         files.write_atomically(self.folder / MANIFEST, json.dumps(content).encode())
         self._reader = self._readable(checksums, CELL)
         self.reusable = True
