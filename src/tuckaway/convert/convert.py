@@ -88,6 +88,7 @@ def quantize_checkpoint(
     device: torch.device | str | int | None = None,
     revision: str | None = None,
     allow_pickle: bool = True,
+    non_finite: str = "raise",
     progress: bool | None = None,
 ) -> Conversion:
     """Turn a checkpoint of any size into a quantized one, in the memory of a ring of buffers.
@@ -113,6 +114,7 @@ def quantize_checkpoint(
         device: where weights are quantized; ``None``: the GPU, where there is one.
         revision: branch, tag or commit of a Hub id.
         allow_pickle: read ``pytorch_model.bin`` files (always with ``weights_only``).
+        non_finite: as :func:`~tuckaway.load_and_quantize_model` has it.
         progress: show a bar with the time that is left; ``None``: when standard error is a terminal.
 
     Raises:
@@ -142,9 +144,8 @@ def quantize_checkpoint(
     try:
         _check_apart(opened.checkpoint, target, whole=not Path(source).is_file())
         decision = decide(opened.checkpoint, config, model, own_config=own)
-        job = _Job(
-            opened, decision, plan_files(_ordered(opened, decision), max_bytes, _METADATA), _device(device)
-        )
+        plans = plan_files(_ordered(opened, decision), max_bytes, _METADATA)
+        job = _Job(opened, decision, plans, _device(device), non_finite)
         identity = fingerprint_of(opened.identity(), dataclasses.asdict(config), max_bytes, job.layout())
         description = {"source": str(source), "format": config.format, "decided_by": decision.basis}
         with Staging(target, identity, description) as staging:
@@ -210,11 +211,17 @@ class _Job:
     """Everything that is known before the first byte is read."""
 
     def __init__(
-        self, source: Source, decision: Decision, plans: list[ShardPlan], device: torch.device
+        self,
+        source: Source,
+        decision: Decision,
+        plans: list[ShardPlan],
+        device: torch.device,
+        non_finite: str,
     ) -> None:
         self.source = source
         self.decision = decision
         self.device = device
+        self.non_finite = non_finite
         if len(plans) == 1:
             self.plans = {"model.safetensors": plans[0]}
         else:
@@ -272,6 +279,7 @@ class _Job:
                 piece_bytes=PIECE_BYTES,
                 progress=bar,
                 ring=Ring.towards(self.device),
+                non_finite=self.non_finite,
             )
             return Record(*shard.commit())
 

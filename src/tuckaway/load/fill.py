@@ -101,8 +101,8 @@ def fill(
                 sink.write(piece.start, piece.tensor)
             if piece.last:
                 sink.finish()
-                if isinstance(sink, QuantizeSink):
-                    suspects[name] = sink.non_finite
+                if isinstance(inner := getattr(sink, "inner", sink), QuantizeSink):
+                    suspects[name] = inner.non_finite
                 del sinks[name]
                 filling.finished_one()
                 if filling.open == 0:
@@ -124,7 +124,7 @@ def _refuse_non_finite(suspects: Mapping[str, int | torch.Tensor], policy: str) 
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise NonFiniteError(
             f"weights that are to be quantized hold NaN or infinity: {', '.join(bad[:5])}{more}",
-            hint="a scale cannot be made of them; skip these modules, or pass non_finite='keep' to quantize all the same",
+            hint="no scale can be made of them: skip these modules, or quantize all the same with non_finite='keep'",
         )
 
 

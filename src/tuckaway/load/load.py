@@ -72,6 +72,8 @@ def load_and_quantize_model(
     skip_keys: str | Sequence[str] | None = None,
     strict: bool = True,
     allow_pickle: bool = True,
+    verify_checksums: bool = True,
+    non_finite: str = "raise",
     revision: str | None = None,
     slots: int | None = None,
     disk_cache_bytes: int | str = 0,
@@ -103,7 +105,11 @@ def load_and_quantize_model(
         offload_buffers: page the buffers of offloaded blocks too; otherwise they stay on the executing device.
         skip_keys: keyword arguments that are not moved between devices on the way into a block.
         strict: refuse a checkpoint with tensors the model has no place for.
-        allow_pickle: read ``pytorch_model.bin`` files (always with ``weights_only``).
+        allow_pickle: read ``pytorch_model.bin`` files (always with ``weights_only``). ``TUCKAWAY_ALLOW_PICKLE=0`` in
+            the environment refuses them all.
+        verify_checksums: compare what is read with the checksums that tuckaway writes into its checkpoints.
+        non_finite: ``"raise"`` a NonFiniteError for NaN or infinity in a weight that is to be quantized, of whose block
+            no scale can be made, or ``"keep"``: quantize all the same. Weights that stay floats may hold them.
         revision: branch, tag or commit of a Hub id.
         slots: blocks on the executing device at once. ``None``: what a plan says, or two, which let the next block
             come while one computes; each more, of the largest block's size, lets another one stay, or come, earlier.
@@ -137,7 +143,15 @@ def load_and_quantize_model(
         ('nf4', torch.bfloat16)
     """
     given = quantization_config if quantization_config is not None else bnb_quantization_config
-    checkpoint = _open(model, weights_location, revision=revision, allow_pickle=allow_pickle)
+    if non_finite not in ("raise", "keep"):
+        raise ConfigError(f"non_finite must be 'raise' or 'keep', not {non_finite!r}")
+    checkpoint = _open(
+        model,
+        weights_location,
+        revision=revision,
+        allow_pickle=allow_pickle,
+        verify_checksums=verify_checksums,
+    )
     planned = device_map if given is None and isinstance(device_map, Plan) else None
     if planned is not None:
         given = planned.quantization_config
@@ -162,6 +176,7 @@ def load_and_quantize_model(
         disk_cache_bytes=disk_cache_bytes,
         key_mapping=key_mapping,
         conversions=conversions,
+        non_finite=non_finite,
         progress=progress,
         # a pattern of ours that matches nothing is a mistake; others' configs name modules of many models
         own_config=isinstance(given, QuantizationConfig),
@@ -221,7 +236,7 @@ def load_checkpoint_and_dispatch(
     Raises:
         TuckawayError: as :func:`load_and_quantize_model`.
     """
-    source = _open(model, checkpoint, revision=None, allow_pickle=True)
+    source = _open(model, checkpoint, revision=None, allow_pickle=True, verify_checksums=True)
     return run(
         model,
         source,
@@ -243,10 +258,17 @@ def load_checkpoint_and_dispatch(
 
 
 def _open(
-    model: nn.Module, location: str | Path | None, *, revision: str | None, allow_pickle: bool
+    model: nn.Module,
+    location: str | Path | None,
+    *,
+    revision: str | None,
+    allow_pickle: bool,
+    verify_checksums: bool,
 ) -> Checkpoint | None:
     if location is not None:
-        return Checkpoint.open(location, revision=revision, allow_pickle=allow_pickle)
+        return Checkpoint.open(
+            location, revision=revision, allow_pickle=allow_pickle, verify_checksums=verify_checksums
+        )
     empty = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if empty is not None:
         raise ConfigError(
@@ -277,6 +299,7 @@ def run(
     disk_cache_bytes: int | str = 0,
     key_mapping: Mapping[str, str] | None = None,
     conversions: Sequence[Merge | Split] = (),
+    non_finite: str = "raise",
 ) -> nn.Module:
     """Do the whole job; ``checkpoint=None`` takes the weights that the model has. The public functions call this.
 
@@ -366,7 +389,7 @@ def run(
                 undo.callback(homes.abort)
             _carry_out(
                 model, checkpoint, match, plan, homes,
-                hooks=hooks, skip_keys=skip_keys, slots=slots, progress=progress,
+                hooks=hooks, skip_keys=skip_keys, slots=slots, non_finite=non_finite, progress=progress,
             )  # fmt: skip
             undo.pop_all()
     except (MemoryError, RuntimeError, OSError) as error:
@@ -433,6 +456,7 @@ def _carry_out(
     plan: PagePlan,
     homes: PageHomes | None,
     *,
+    non_finite: str,
     hooks: bool | None,
     slots: int,
     skip_keys: str | Sequence[str] | None,
@@ -440,7 +464,7 @@ def _carry_out(
 ) -> None:
     """Read and bind; whatever fails, nothing has happened."""
     with ExitStack() as undo:
-        resident = _read(model, checkpoint, match, plan, homes, progress=progress)
+        resident = _read(model, checkpoint, match, plan, homes, non_finite=non_finite, progress=progress)
         if homes is not None:
             homes.commit()
         if paging_of(model) is not None:
@@ -463,6 +487,7 @@ def _read(
     plan: PagePlan,
     homes: PageHomes | None,
     *,
+    non_finite: str,
     progress: bool | None,
 ) -> dict[tuple[str, ...], OnDevice]:
     """Bring every tensor to its place and return the resident ones; pages are filled where they lie."""
@@ -486,9 +511,16 @@ def _read(
         feeds = tuple(feed for feed in feeds if home_of(feed) != "disk")
     if checkpoint is not None:
         ring = Ring.towards(work_device, *plan.resident.values())
-        fill(feeds, destination_of, piece_bytes=PIECE_BYTES, progress=progress, ring=ring)
+        fill(
+            feeds,
+            destination_of,
+            piece_bytes=PIECE_BYTES,
+            progress=progress,
+            ring=ring,
+            non_finite=non_finite,
+        )
     else:
-        fill_from_tensors(feeds, dict(_named_state(model)), destination_of)
+        fill_from_tensors(feeds, dict(_named_state(model)), destination_of, non_finite=non_finite)
     if homes is not None:
         state = dict(_named_state(model))
         for name in match.kept:
