@@ -89,13 +89,17 @@ def test_zero_blocks_and_finite_extremes_pass(tmp_path: Path, nested: bool) -> N
     state["layers.0.up.weight"][:2] = 0
     state["layers.0.up.weight"][5, 5] = torch.finfo(torch.float32).max / 256
     save_file(state, tmp_path / "model.safetensors")
-    for format in ("nf4", "fp4", "int8"):
+    with pytest.raises(NonFiniteError, match=r"more than fp16 can: 'layers.0.up.weight' \(1\)"):
+        tuckaway.load_and_quantize_model(empty_net(), FP32.replace(format="int8"), tmp_path)
+    for format in ("nf4", "fp4"):
         model: Net = tuckaway.load_and_quantize_model(
             empty_net(), FP32.replace(format=format, nested=nested), tmp_path
         )
         decoded = model.layers[0].up.weight.dequantize()
         assert decoded.isfinite().all()
-        if not nested:  # nested scales are near the largest one's rounding, as bitsandbytes' are
+        if (
+            not nested
+        ):  # the scales of zeros are as near as the largest scale lets them be, as in bitsandbytes
             assert not decoded[:2].any()
     with torch.no_grad():
         assert model(tokens()).shape == (2, 7, 96)

@@ -123,7 +123,7 @@ def _refuse_non_finite(suspects: Mapping[str, int | torch.Tensor], policy: str) 
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise NonFiniteError(
-            f"weights that are to be quantized hold NaN or infinity: {', '.join(bad[:5])}{more}",
+            f"weights that are to be quantized hold NaN, infinity or (int8) more than fp16 can: {', '.join(bad[:5])}{more}",
             hint="no scale can be made of them: skip these modules, or quantize all the same with non_finite='keep'",
         )
 

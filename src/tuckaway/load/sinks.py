@@ -17,6 +17,9 @@ from tuckaway.tensor import TensorSpec
 
 __all__ = ["CopySink", "PlainSink", "QuantizeSink", "Sink", "TransposedSink", "count_non_finite", "sink_for"]
 
+_HALF_LIMIT = 65520.0
+"""From here on a value is infinite in fp16, which int8 rows are cast to first."""
+
 _STRIP_BYTES = 16 * 2**20
 """Decoded bytes that a transposing sink works on at once."""
 
@@ -91,14 +94,15 @@ class QuantizeSink(Sink):
         self.align = align
         self.dtype = dtype
         self.device = device
-        self.non_finite: int | torch.Tensor = 0  # values so far that are NaN or infinite
+        self.limit = math.inf
+        self.non_finite: int | torch.Tensor = 0  # values so far that are NaN, or not below the limit
 
     @override
     def write(self, start: int, piece: torch.Tensor) -> None:
         if self.device != piece.device:
             piece = piece.to(self.device, non_blocking=True)
         piece = piece.to(self.dtype)
-        self.non_finite = self.non_finite + count_non_finite(piece)
+        self.non_finite = self.non_finite + count_non_finite(piece, self.limit)
         self.quantizer.write(start, piece)
 
     @override
@@ -129,7 +133,7 @@ class TransposedSink(QuantizeSink):
     def write(self, start: int, piece: torch.Tensor) -> None:
         if self.device != piece.device:
             piece = piece.to(self.device, non_blocking=True)
-        self.non_finite = self.non_finite + count_non_finite(piece.to(self.dtype))
+        self.non_finite = self.non_finite + count_non_finite(piece.to(self.dtype), self.limit)
         source = piece.view(-1, *self.shape[-2:])
         _, cols, rows = source.shape  # the source is [cols, rows], the stored tensor [rows, cols]
         step = strip_rows(rows, cols, self.align)
@@ -143,18 +147,20 @@ class TransposedSink(QuantizeSink):
                 self.quantizer.write((index * rows + row) * cols, strip.view(-1))
 
 
-def count_non_finite(piece: torch.Tensor) -> int | torch.Tensor:
-    """Return how many values are NaN or infinite: on an accelerator as a 0-d tensor, without waiting for it.
+def count_non_finite(piece: torch.Tensor, limit: float = math.inf) -> int | torch.Tensor:
+    """Return how many values are NaN, or not below ``limit``: on an accelerator as a 0-d tensor, without waiting for it.
 
     On the CPU one pass over the smallest and largest value tells that there are none: 0.1 s a GB, beside seconds of
     quantization.
     """
     if not piece.numel() or not piece.dtype.is_floating_point:
         return 0
-    if piece.device.type == "cpu":
-        extremes = torch.stack(torch.aminmax(piece))
-        return 0 if extremes.isfinite().all() else piece.numel() - int(piece.isfinite().sum())
-    return piece.numel() - piece.isfinite().sum()
+    if piece.device.type != "cpu":
+        return piece.numel() - (piece.abs() < limit).sum()
+    low, high = torch.aminmax(piece)
+    if -limit < float(low) and float(high) < limit:  # false for NaN
+        return 0
+    return piece.numel() - int((piece.abs() < limit).sum())
 
 
 def strip_rows(rows: int, cols: int, align: int) -> int:
@@ -178,6 +184,11 @@ def sink_for(spec: TensorSpec, components: Components, emit: Emit | None = None)
     format = format_of(layout.format)
     quantizer, align = format.quantizer(layout, components, emit), format.piece_alignment(layout)
     device = components["absmax"].device
-    if layout.transposed:
-        return TransposedSink(quantizer, align, spec.dtype, device, spec.shape)
-    return QuantizeSink(quantizer, align, spec.dtype, device)
+    sink = (
+        TransposedSink(quantizer, align, spec.dtype, device, spec.shape)
+        if layout.transposed
+        else QuantizeSink(quantizer, align, spec.dtype, device)
+    )
+    if layout.format == "int8":
+        sink.limit = _HALF_LIMIT
+    return sink
