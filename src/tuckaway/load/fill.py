@@ -122,8 +122,9 @@ def _refuse_non_finite(suspects: Mapping[str, int | torch.Tensor], policy: str) 
     bad = [f"{name!r} ({count})" for name, count in counts.items() if count]
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        named = ", ".join(bad[:5]) + more
         raise NonFiniteError(
-            f"weights that are to be quantized hold NaN, infinity or (int8) more than fp16 can: {', '.join(bad[:5])}{more}",
+            f"weights that are to be quantized hold NaN, infinity or (int8) more than fp16 can: {named}",
             hint="no scale can be made of them: skip these modules, or quantize all the same with non_finite='keep'",
         )
 

@@ -148,7 +148,7 @@ class TransposedSink(QuantizeSink):
 
 
 def count_non_finite(piece: torch.Tensor, limit: float = math.inf) -> int | torch.Tensor:
-    """Return how many values are NaN, or not below ``limit``: on an accelerator as a 0-d tensor, without waiting for it.
+    """Return how many values are NaN, or not below ``limit``; on an accelerator as a tensor, unwaited for.
 
     On the CPU one pass over the smallest and largest value tells that there are none: 0.1 s a GB, beside seconds of
     quantization.
