@@ -1,4 +1,4 @@
-"""Rows 26 and 28: every call of the system that a job makes is failed, once and for good, by a library under libc.
+"""Every call of the system that a job makes is failed, once and for good, by a library under libc.
 
 The error is typed and keeps the system's own as its cause; descriptors and threads are as before; the model is as it
 was or done; the folder holds the old or the new, and what could not be removed goes with the next run.

@@ -1,4 +1,4 @@
-"""Row 20: NaN or infinity in a weight that is to be quantized is an error with names and counts, or kept when asked."""
+"""NaN or infinity in a weight that is to be quantized is an error with names and counts, or kept when asked."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_policy_is_checked_first(folder: Path) -> None:
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_zero_blocks_and_finite_extremes_pass(tmp_path: Path, nested: bool) -> None:
-    """Row 21: a block of zeros, and the largest floats, have finite scales and decode to finite values."""
+    """A block of zeros, and the largest floats, have finite scales and decode to finite values."""
     state = {name: tensor.clone() for name, tensor in net().state_dict().items()}
     state["layers.0.up.weight"][:2] = 0
     state["layers.0.up.weight"][5, 5] = torch.finfo(torch.float32).max / 256

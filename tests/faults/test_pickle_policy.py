@@ -1,4 +1,4 @@
-"""Rows 14 to 16: pickles are refused by option, by environment and on a torch whose weights_only can be got round."""
+"""Pickles are refused by option, by environment and on a torch whose weights_only can be got round."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Row 35: whatever a power loss leaves of a save, a conversion or a store fill is the old or the new, whole."""
+"""Whatever a power loss leaves of a save, a conversion or a store fill is the old or the new, whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Row 33: a process killed while it fills an offload folder leaves one that the next load uses or fills anew."""
+"""A process killed while it fills an offload folder leaves one that the next load uses or fills anew."""
 
 from __future__ import annotations
 

@@ -62,6 +62,7 @@ class Store:
         self.layouts = tuple(layouts)
         self.fingerprint = fingerprint
         self.reusable = False
+        self._made_folder = False
         self._lock = lock
         self._fd = -1
         self._starts: list[int] = []
@@ -98,9 +99,11 @@ class Store:
             StoreCorrupt: the store is this one, and damaged.
             StoreError: the folder cannot be written to.
         """
+        made = not files.exists(folder)
         path = files.make_folder(folder)
         lock = files.FolderLock(path / _LOCK)
         store = cls(path, layouts, fingerprint_of(layouts, identity), lock)
+        store._made_folder = made
         try:
             alone = lock.acquire(shared=False)
             if not alone and not lock.acquire(shared=True):
@@ -119,6 +122,7 @@ class Store:
                 store._begin()
         except BaseException:
             store.close()
+            store._remove_made_folder()
             raise
         return store
 
@@ -342,3 +346,8 @@ class Store:
                 files.remove(self.path)
         finally:
             self.close()
+            self._remove_made_folder()
+
+    def _remove_made_folder(self) -> None:
+        if self._made_folder and not self.reusable:
+            files.remove_folder(self.folder)  # if it is empty
