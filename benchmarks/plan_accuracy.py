@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, save
+from safetensors.torch import save_file
 from torch import nn
 
 import tuckaway
@@ -115,18 +116,18 @@ def models(small: bool) -> dict[str, Callable[[], nn.Module]]:
     }  # fmt: skip
 
 
-def fill(model: nn.Module) -> None:
-    """Give every parameter cheap values: one random vector, over and over."""
-    chunk = torch.randn(1 << 16) * 0.02
-    with torch.no_grad():
-        for parameter in model.parameters():
-            flat = torch.empty(parameter.numel())
-            for start in range(0, flat.numel(), len(chunk)):
-                flat[start : start + len(chunk)] = chunk[: flat.numel() - start]
-            parameter.copy_(flat.view(parameter.shape))
+def write(structure: nn.Module, folder: Path) -> None:
+    """Write a bf16 checkpoint of cheap values, one random vector over and over; tied tensors once."""
+    chunk = (torch.randn(1 << 20) * 0.02).to(torch.bfloat16)
+    tensors = {}
+    for name, parameter in structure.named_parameters():
+        repeats = -(-parameter.numel() // len(chunk))
+        tensors[name] = chunk.repeat(repeats)[: parameter.numel()].view(parameter.shape).contiguous()
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
 
 
-def maps(model: nn.Module, empty: nn.Module) -> Iterator[tuple[str, str, Any, dict[Any, int] | None]]:
+def maps(model: nn.Module) -> Iterator[tuple[str, str, Any, dict[Any, int] | None]]:
     """Yield name, format, device map and budget."""
     first = 0 if torch.accelerator.is_available() else "cpu"
     stack = next(name for name, m in model.named_modules() if isinstance(m, nn.ModuleList))
@@ -135,7 +136,7 @@ def maps(model: nn.Module, empty: nn.Module) -> Iterator[tuple[str, str, Any, di
     away = {f"{stack}.{i}": "cpu" if i % 2 else "disk" for i in range(count // 3, count)}
     yield "int8, two thirds away", "int8", {"": first, **away}, None
     yield "bf16, all blocks away", "bf16", {"": first, stack: "cpu" if first == 0 else "disk"}, None
-    whole = tuckaway.plan(empty, "nf4", {"": first}, sequence_length=LENGTH)
+    whole = tuckaway.plan(model, "nf4", {"": first}, sequence_length=LENGTH)
     memory = whole.on(first)
     beside = memory.reserve_bytes if first == "cpu" else max(memory.loading_bytes, memory.reserve_bytes)
     each = [block.nbytes for block in whole.blocks if block.name.startswith(f"{stack}.")]
@@ -149,8 +150,10 @@ def measured(
     """Yield one row for each map of a model."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     with tuckaway.init_empty_weights():
-        structure = build()
-    for number, (kind, format, places, budget) in enumerate(maps(structure, structure)):
+        structure = build().eval()
+        if hasattr(structure, "tie_weights"):
+            structure.tie_weights()
+    for number, (kind, format, places, budget) in enumerate(maps(structure)):
         with tuckaway.init_empty_weights():
             model = build().eval()
             if hasattr(model, "tie_weights"):
@@ -244,10 +247,11 @@ def main() -> None:
         warm_up(Path(scratch))
         for name, build in models(small).items():
             folder = Path(scratch) / name
-            source = build().to(torch.bfloat16)
-            fill(source)
-            tuckaway.save_model(source, folder)
-            del source
+            with tuckaway.init_empty_weights():
+                structure = build()
+                if hasattr(structure, "tie_weights"):
+                    structure.tie_weights()
+            write(structure, folder)
             for row in measured(name, build, folder, folder / "pages"):
                 rows.append(row)
                 show(row)

@@ -103,9 +103,11 @@ def test_the_work_of_loading_is_bounded_by_pieces():
     with torch.device("meta"):
         large, small = nn.Linear(16384, 16384, bias=False), nn.Linear(64, 64, bias=False)
     specs, _ = choose_specs(large, NF4)
-    assert load_work_bytes(specs) == 4 * piece
-    assert load_work_bytes(specs, ["weight"]) == 4 * piece + specs["weight"].nbytes
-    assert load_work_bytes(choose_specs(small, NF4)[0]) == 4 * 4 * 64 * 64
+    scales = 4 * 16384 * 16384 // 64
+    assert load_work_bytes(specs) == 4 * piece + scales
+    assert load_work_bytes(specs, ["weight"]) == 4 * piece + scales + specs["weight"].nbytes
+    assert load_work_bytes(choose_specs(small, NF4)[0]) == 4 * 4 * 64 * 64 + 4 * 64
+    assert load_work_bytes(choose_specs(large, QuantizationConfig(nested=False))[0]) == 4 * piece
     assert load_work_bytes(choose_specs(large, None)[0]) == 2 * piece
 
 

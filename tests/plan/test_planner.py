@@ -232,3 +232,29 @@ def test_more_length_needs_more_reserve():
     short, long = (tuckaway.plan(config, "nf4", {"": 0}, sequence_length=n) for n in (128, 4096))
     difference = long.on(0).reserve_bytes - short.on(0).reserve_bytes
     assert difference > (4096 - 128) * 2 * 4 * 2 * 64 * 2  # keys and values: layers, heads, width, bf16
+
+
+def test_a_plan_of_an_unquantized_model_is_loaded_by_accelerates_function_too(tmp_path):
+    tuckaway.save_model(net(), tmp_path / "checkpoint")
+    plan = tuckaway.plan(empty_net(), "bf16", {"": "cpu", "layers": "disk"}, **FREE)
+    model = tuckaway.load_checkpoint_and_dispatch(
+        empty_net(), tmp_path / "checkpoint", plan, offload_folder=tmp_path / "pages"
+    )
+    assert model.head.weight.dtype == torch.bfloat16
+    assert tuckaway.plan(empty_net(), "bf16", plan, **FREE).blocks == plan.blocks
+
+
+def test_a_gpu_executes_though_no_block_stays_on_it(stack):
+    small = tuckaway.plan(stack, "bf16", {"": "cpu"}, **FREE).slot_bytes
+    work = tuckaway.plan(stack, "bf16", {"": 0}, **FREE).on(0).loading_bytes
+    plan = tuckaway.plan(
+        stack, "bf16", max_memory={0: max(2 * small + 2048, work + small), "cpu": "1GB"}, **FREE
+    )
+    assert plan.execution_device == 0
+    assert plan.on(0).slots_bytes >= 2 * plan.slot_bytes > 0
+    assert plan.on("cpu").slots_bytes == 0
+
+
+def test_planning_for_gpus_that_are_elsewhere_is_silent(stack, caplog):
+    tuckaway.plan(stack, "nf4", max_memory={6: "1GB", "cpu": "1GB"}, **FREE)
+    assert caplog.records == []

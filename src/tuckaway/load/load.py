@@ -241,7 +241,7 @@ def load_checkpoint_and_dispatch(
         model,
         source,
         None,
-        dtype=dtype,
+        dtype=device_map.dtype if dtype is None and isinstance(device_map, Plan) else dtype,
         device_map=device_map,
         no_split_module_classes=with_preloaded(model, no_split_module_classes, preload_module_classes),
         max_memory=max_memory,

@@ -218,7 +218,10 @@ def load_work_bytes(specs: Mapping[str, TensorSpec], paged: Iterable[str] = ()) 
         transposed = spec.layout is not None and spec.layout.transposed
         pieces = _PIECES[spec.layout is not None] * min(source, _PIECE)
         whole = source if transposed and source > _PIECE else 0
-        most = max(most, pieces + whole + (spec.nbytes if name in away else 0))
+        parts = spec.components()
+        # nested scales are quantized when the last one is there: in fp32 until then
+        scales = 4 * math.prod(parts["absmax"][0]) if "nested_absmax" in parts else 0
+        most = max(most, pieces + whole + scales + (spec.nbytes if name in away else 0))
     return most
 
 

@@ -39,7 +39,7 @@ _SMALLER: tuple[tuple[str, dict[str, Any] | None], ...] = (
 def plan(
     model_or_config: nn.Module | Any,
     quantization_config: QuantizationConfig | Any = None,
-    device_map: Mapping[str, Placement] | Placement | None = "auto",
+    device_map: Mapping[str, Placement] | Placement | Plan | None = "auto",
     max_memory: MaxMemory | None = None,
     no_split_module_classes: Sequence[str] | str | None = None,
     *,
@@ -61,7 +61,7 @@ def plan(
             the Hub, of which only ``config.json`` and the headers of the weights are read.
         quantization_config: as in :func:`~tuckaway.load_and_quantize_model`; a float dtype or its name (``"bf16"``)
             for no quantization. ``None``: what the model's files say, or nf4 with nested scales.
-        device_map: as there.
+        device_map: as there; of a plan, its map.
         max_memory: bytes that a device may take in all, by device; ``None``: what is free.
         no_split_module_classes: as there.
         dtype: dtype of what is not quantized; ``None``: the config's.
@@ -92,7 +92,7 @@ def plan(
     """
     request = _Request(
         find_source(model_or_config, revision=revision),
-        device_map,
+        device_map.device_map if isinstance(device_map, Plan) else device_map,
         max_memory,
         no_split_module_classes,
         as_dtype(dtype, "dtype"),
