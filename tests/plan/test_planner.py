@@ -245,11 +245,11 @@ def test_a_plan_of_an_unquantized_model_is_loaded_by_accelerates_function_too(tm
 
 
 def test_a_gpu_executes_though_no_block_stays_on_it(stack):
-    small = tuckaway.plan(stack, "bf16", {"": "cpu"}, **FREE).slot_bytes
-    work = tuckaway.plan(stack, "bf16", {"": 0}, **FREE).on(0).loading_bytes
-    plan = tuckaway.plan(
-        stack, "bf16", max_memory={0: max(2 * small + 2048, work + small), "cpu": "1GB"}, **FREE
-    )
+    with pytest.raises(PlanError, match="GPU 0 must hold") as caught:
+        tuckaway.plan(stack, "bf16", max_memory={0: "1MB", "cpu": "1GB"}, **FREE)
+    least = 10**6 + caught.value.shortfall_bytes
+    plan = tuckaway.plan(stack, "bf16", max_memory={0: least, "cpu": "1GB"}, **FREE)
+    assert set(plan.device_map.values()) == {"cpu"}
     assert plan.execution_device == 0
     assert plan.on(0).slots_bytes >= 2 * plan.slot_bytes > 0
     assert plan.on("cpu").slots_bytes == 0
