@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from tuckaway.empty.records import recorded
 from tuckaway.errors import MismatchError
 from tuckaway.load.match import Match
 from tuckaway.load.place import OnDevice
@@ -32,7 +33,8 @@ def check_kept(model: nn.Module, match: Match) -> None:
         MismatchError: a buffer that is in no checkpoint (non-persistent) is on the meta device.
     """
     for name in match.kept:
-        if _lookup(model, name).is_meta:
+        tensor = _lookup(model, name)
+        if tensor.is_meta and recorded(tensor) is None:
             raise MismatchError(
                 "a buffer is in no checkpoint and on the meta device",
                 where=name,

@@ -19,6 +19,7 @@ from torch import nn
 from tuckaway.checkpoint import Checkpoint, Ring, TensorEntry
 from tuckaway.checkpoint.entry import reading
 from tuckaway.config import QuantizationConfig
+from tuckaway.empty import rebuild_buffers
 from tuckaway.errors import ConfigError, LoadOutOfMemoryError, PagingError, PlanError, TuckawayError
 from tuckaway.load.bind import bind_kept, bind_resident, cast_kept, check_kept, restoration
 from tuckaway.load.copies import check_copies
@@ -471,6 +472,7 @@ def _carry_out(
             materialize(model)  # all of it is resident: only hooks are removed
         undo.callback(restoration(model))
         bind_resident(model, match, resident)
+        rebuild_buffers(model)  # those of a model that was built with include_buffers=True
         bind_kept(model, match, plan.specs, plan.resident.get)
         undo.callback(set_extra_states(model, match.extra))
         moves = plan.moved or plan.execution_device.type != "cpu" if hooks is None else hooks

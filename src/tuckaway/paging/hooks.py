@@ -144,6 +144,11 @@ class PageHook(AlignDevicesHook):  # type: ignore[misc]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
+            if self.pages and torch.compiler.is_exporting():
+                raise PagingError(
+                    "a paged model cannot be exported",
+                    hint="bring it back first: tuckaway.materialize(model)",
+                )
             return _uncompiled(PageHook._enter)(self, args, kwargs)
         return self._enter(args, kwargs)
 

@@ -9,6 +9,7 @@ Keys compare with ``==``: ``torch.Tensor.data.__set__`` is a new object at every
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -57,5 +58,16 @@ def _adopt(tensor: QuantizedTensor, value: QuantizedTensor) -> None:
     torch.utils.swap_tensors(tensor, same_kind(tensor, fresh))
 
 
+def _is_complex(tensor: Any) -> Any:
+    # the one call in Python before DataParallel's broadcast, which would read a wrapper's storage: there is none
+    if sys._getframe(2).f_code.co_name == "_handle_complex":
+        raise RuntimeError(
+            "DataParallel cannot copy quantized weights to other GPUs. Spread the model's blocks over them instead: "
+            "load it with device_map='balanced'"
+        )
+    return NotImplemented
+
+
 FUNCTIONS[F.linear] = _linear
+FUNCTIONS[torch.Tensor.is_complex] = _is_complex
 FUNCTIONS[torch.Tensor.data.__set__] = _set_data  # type: ignore[attr-defined]
