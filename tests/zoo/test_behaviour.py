@@ -135,6 +135,7 @@ def test_traced(load: Loader) -> None:
 @pytest.mark.filterwarnings(
     "ignore:There is a performance drop"
 )  # of vmap, which goes through the batch one by one
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own jvp
 def test_transforms(load: Loader) -> None:
     layer = load("resident").layers[0]
     x = torch.randn(3, 2, 64)

@@ -102,7 +102,7 @@ def _hooks_of(module: nn.Module) -> _Run | None:
                     n: None if t is None else torch.empty(t.shape, dtype=t.dtype, device="meta")
                     for n, t in tensors.items()
                 }
-            override(double, state, prefix, {}, True, [], [], [])
+            override(double, state, prefix, _metadata(module), True, [], [], [])
 
         return run
     hooks = list(module._load_state_dict_pre_hooks.values())
@@ -111,9 +111,14 @@ def _hooks_of(module: nn.Module) -> _Run | None:
 
     def run_hooks(state: dict[str, Any], prefix: str) -> None:
         for hook in hooks:
-            hook(state, prefix, {}, True, [], [], [])
+            hook(state, prefix, _metadata(module), True, [], [], [])
 
     return run_hooks
+
+
+def _metadata(module: nn.Module) -> dict[str, Any]:
+    # safetensors record no versions: what was saved is taken to be of this one, as it must be where all names match
+    return {} if module._version is None else {"version": module._version}
 
 
 class _Recorder(TorchDispatchMode):

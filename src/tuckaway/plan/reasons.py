@@ -92,6 +92,8 @@ def _better_not(module: nn.Module, own: str, tensor: torch.Tensor, config: Quant
                 return found
     if re.search(r"Norm(\dd)?$", type(module).__name__):
         return "a norm"
+    if "Router" in type(module).__name__:
+        return "a router"
     if tensor.shape[0] == 1 or tensor.numel() == max(tensor.shape):
         return "a broadcast vector"
     known = isinstance(module, _MATRICES) or is_stored_transposed(module)
@@ -142,8 +144,6 @@ def _hand_written(module: nn.Module, own: str, tensor: torch.Tensor) -> str | No
         return "marked as no weight matrix (_no_weight_decay)"
     if _TABLES.search(own.lower()):
         return "named like something added or looked up"
-    if "Router" in type(module).__name__:
-        return "a router"
     if min(tensor.shape[-2:]) < _THINNEST:
         return f"fewer than {_THINNEST} rows or columns"
     return None
