@@ -125,6 +125,33 @@ def test_the_transposed_layers_of_gpt2(tmp_path):
     assert_same_tensors(read_all(tmp_path / "guessed"), expected)
 
 
+def test_experts_that_lie_apart_in_the_checkpoint(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_local_experts": 4}
+    config = transformers.MixtralConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=128, num_experts_per_tok=2
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "source")
+    assert "model.layers.0.block_sparse_moe.experts.3.w1.weight" in read_all(tmp_path / "source")
+    with tuckaway.init_empty_weights():
+        empty = transformers.MixtralForCausalLM(config)
+    expected = loaded_and_saved(empty, tmp_path / "source", "nf4", tmp_path / "expected")
+    assert quantize_checkpoint(tmp_path / "source", tmp_path / "out").basis == "MixtralForCausalLM"
+    assert_same_tensors(read_all(tmp_path / "out"), expected)
+
+
+def test_a_checkpoint_of_the_model_without_its_head(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=2, n_head=4, n_embd=64, vocab_size=128, n_positions=32)
+    config.architectures = ["GPT2LMHeadModel"]
+    transformers.GPT2Model(config).save_pretrained(tmp_path / "source")
+    done = quantize_checkpoint(tmp_path / "source", tmp_path / "out")
+    assert done.basis.startswith("GPT2")
+    assert len(done.report.quantized) == 8
+
+
 def test_a_pickle(tmp_path):
     model = net()
     (tmp_path / "source").mkdir()

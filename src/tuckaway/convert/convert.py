@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tuckaway import files
-from tuckaway.checkpoint import Checkpoint, Progress, Ring
+from tuckaway.checkpoint import Checkpoint, Progress, Ring, TensorEntry
 from tuckaway.checkpoint.hub import is_repo_id, push
 from tuckaway.checkpoint.seal import INDEX_PLACEHOLDER, sealed_index
 from tuckaway.checkpoint.shards import as_bytes
@@ -144,6 +144,10 @@ def quantize_checkpoint(
     try:
         _check_apart(opened.checkpoint, target, whole=not Path(source).is_file())
         decision = decide(opened.checkpoint, config, model, own_config=own)
+        if isinstance(opened, RemoteSource) and not all(map(_is_plain, decision.items)):
+            opened.close()  # tensors are put together of several: they are all fetched first
+            opened = LocalSource(Checkpoint.open(source, revision=revision, allow_pickle=allow_pickle))
+            decision = decide(opened.checkpoint, config, model, own_config=own)
         plans = plan_files(_ordered(opened, decision), max_bytes, _METADATA)
         job = _Job(opened, decision, plans, _device(device), non_finite)
         identity = fingerprint_of(opened.identity(), dataclasses.asdict(config), max_bytes, job.layout())
@@ -298,6 +302,10 @@ def _verify(path: Path, record: Record) -> None:
     files.forget(path)
     if checksum_of(path) != (record.nbytes, record.checksum):
         raise ChecksumError("the disk does not give back what was written", where=path, hint="check the disk")
+
+
+def _is_plain(item: Item) -> bool:
+    return all(type(entry) is TensorEntry for entry in item.feed.entries.values())
 
 
 def _bytes_read(plan: ShardPlan) -> int:

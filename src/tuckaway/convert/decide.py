@@ -16,7 +16,9 @@ from tuckaway.convert.guess import guess_model
 from tuckaway.convert.layout import Item
 from tuckaway.errors import ConfigError, MismatchError
 from tuckaway.load.bind import cast_kept
-from tuckaway.load.match import Feed, match_checkpoint
+from tuckaway.load.match import Feed, distinct, match_checkpoint
+from tuckaway.load.renaming import renamed
+from tuckaway.load.state_hooks import after_hooks
 from tuckaway.plan import QuantizationReport, choose_specs, quantization_report, tied_groups
 from tuckaway.save import plain_linears, state_of
 from tuckaway.tensor import TensorSpec
@@ -90,6 +92,11 @@ def _by(
     # parameters must come from the source, even where the model has some already
     real = {name: t for name, t in model.named_buffers(remove_duplicate=False) if not t.is_meta}
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    needed = [names for names in distinct(wanted, groups) if wanted[names[0]].persistent]
+    checkpoint, notes = renamed(checkpoint, model, needed)
+    for note in notes:
+        _log.info("%s", note)
+    checkpoint = after_hooks(checkpoint, model)
     match = match_checkpoint(checkpoint, wanted, groups, config, real=real, ignored=ignored, strict=False)
     specs = {**wanted, **match.specs}
     items = {feed.names[0]: Item(feed) for feed in match.feeds}

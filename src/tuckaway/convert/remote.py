@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -10,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from tuckaway import files
-from tuckaway.checkpoint import Checkpoint, TensorEntry, read_header
+from tuckaway.checkpoint import Checkpoint, Header, TensorEntry, read_header
 from tuckaway.checkpoint.header import DTYPES
 from tuckaway.checkpoint.hub import Repository, survey
 from tuckaway.checkpoint.index import check_one_format, resolve_inside, shard_names
@@ -42,7 +43,7 @@ class RemoteSource:
         self.low_disk = low_disk
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tuckaway-download")
         self._coming: dict[Path, Future[Path]] = {}
-        self._headers: dict[Path, dict[str, TensorEntry]] = {}
+        self._headers: dict[Path, tuple[int, dict[int, TensorEntry]]] = {}
 
     @classmethod
     def find(cls, repo_id: str, revision: str | None, *, low_disk: bool) -> RemoteSource | None:
@@ -98,11 +99,14 @@ class RemoteSource:
         path = entry.path
         if path not in self._headers:
             self.expect([path])
-            self._headers[path] = read_header(self._coming[path].result()).entries
-        found = self._headers[path].get(entry.name)
+            self._headers[path] = _by_offset(read_header(self._coming[path].result()))
+        start, entries = self._headers[path]
+        found = entries.get(entry.offset)  # not by name, which may be the model's by now
+        if entry.nbytes == 0:
+            return dataclasses.replace(entry, offset=start)
         if found is None or (found.dtype, found.shape) != (entry.dtype, entry.shape):
             raise CheckpointError(f"{entry.name!r} is not what the Hub said it was", where=path)
-        return found
+        return dataclasses.replace(found, name=entry.name)
 
     def drop(self, paths: Iterable[Path]) -> None:
         """Take shards out of the Hub's cache, where that was asked for."""
@@ -116,6 +120,13 @@ class RemoteSource:
     def close(self) -> None:
         """Begin no further download, and wait for the one that is under way."""
         self._pool.shutdown(cancel_futures=True)
+
+
+def _by_offset(header: Header) -> tuple[int, dict[int, TensorEntry]]:
+    """Return where the data starts, and the tensors that are not empty by their place behind it."""
+    entries = header.entries.values()
+    start = min((entry.offset for entry in entries), default=header.identity.size)
+    return start, {entry.offset - start: entry for entry in entries if entry.nbytes}
 
 
 def download_sidecars(repository: Repository) -> Path | None:
