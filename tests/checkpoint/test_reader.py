@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tuckaway.checkpoint import Checkpoint, Request, stream
+from tuckaway.checkpoint import Checkpoint, Request, read_header, stream
 from tuckaway.errors import CheckpointError, CheckpointNotFound, TruncatedError
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -313,3 +313,30 @@ def test_memory_in_use_is_a_few_pieces_and_nothing_is_mapped(tmp_path):
     most, mapped = shown.split()
     assert mapped == "False"
     assert int(most) < 12 * 2**20  # two pieces of 4 MiB, and a thread's stack
+
+
+def test_gaps_are_read_over_and_pieces_filled(tmp_path, monkeypatch):
+    mib = 2**20
+    tensors = {f"{n}": torch.arange(7 * mib // 4, dtype=torch.int32) + n for n in range(3)}
+    tensors |= {f"{n}.small": torch.full((100,), n, dtype=torch.uint8) for n in range(3)}
+    tensors["far"] = torch.zeros(100_000, dtype=torch.uint8)
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path)
+    entries = read_header(path).entries
+    wanted = ["0", "1", "2", "0.small", "2.small"]  # what lies between is not asked for
+    reads = []
+    preadv = os.preadv
+
+    def noted(fd, views, offset):
+        reads.append(sum(map(len, views)))
+        return preadv(fd, views, offset)
+
+    monkeypatch.setattr(os, "preadv", noted)
+    requests = [Request(entries[name], align=1000) for name in wanted]
+    found = {name: [] for name in wanted}
+    for piece in stream(requests, piece_bytes=12 * mib):
+        assert piece.start % 1000 == 0
+        assert piece.tensor.nbytes <= 12 * mib
+        found[piece.entry.name].append(piece.tensor.clone())
+    assert all(torch.equal(torch.cat(pieces), tensors[name]) for name, pieces in found.items())
+    assert len(reads) == 2  # 21 MiB and the small ones, in pieces of 12

@@ -35,7 +35,11 @@ PIECE_BYTES = 16 * 2**20
 """Default size of a piece: from 4 MiB up a cold read is as fast as the disk, and two of them are little memory."""
 
 _SLOT = 64  # bytes that every tensor's piece is aligned to in a buffer: a cache line, and any dtype
-_MAX_PARTS = 256  # pieces a system call; Linux takes 1024 at most (IOV_MAX)
+_MAX_PARTS = 256  # pieces a system call, with gaps twice as many buffers; Linux takes 1024 at most (IOV_MAX)
+_GAP = (
+    64 * 2**10
+)  # bytes that are sooner read and dropped than skipped: a reloaded weight's codebooks and state
+_WORTH = 4 * 2**20  # bytes of a tensor that are put behind others to fill a piece: less is no better read
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,10 @@ class Piece:
 
 @dataclass(slots=True)
 class _Part:
-    """What one piece is to be: ``nbytes`` bytes of the file, put at ``place`` of a buffer; once read, their CRC-32."""
+    """What one piece is to be: ``nbytes`` bytes of the file, put at ``place`` of a buffer; once read, their CRC-32.
+
+    ``between`` bytes of the file lie before it that nobody wants; they have their room in the buffer before it too.
+    """
 
     entry: TensorEntry
     start: int
@@ -80,33 +87,43 @@ class _Part:
     nbytes: int
     place: int
     last: bool
+    between: int = 0
     crc32: int | None = None
 
 
 @dataclass(slots=True)
 class _Batch:
-    """Parts that lie in a row in one file and are read at once."""
+    """Parts that lie in a row in one file, or nearly so, and are read at once; what lies between is dropped."""
 
     parts: list[_Part] = field(default_factory=list)
     nbytes: int = 0  # of the buffer, gaps for alignment included
 
     def add(self, entry: TensorEntry, start: int, nbytes: int, last: bool) -> None:
         offset = entry.offset + start * entry.dtype.itemsize
-        self.parts.append(_Part(entry, start, offset, nbytes, self.nbytes, last))
-        self.nbytes += -(-nbytes // _SLOT) * _SLOT
+        if self.parts and not nbytes:
+            offset = self.end  # an empty tensor lies nowhere, whatever the file says
+        between = offset - self.end if self.parts else 0
+        self.nbytes += _rounded(between)
+        self.parts.append(_Part(entry, start, offset, nbytes, self.nbytes, last, between))
+        self.nbytes += _rounded(nbytes)
 
-    def takes(self, entry: TensorEntry, offset: int, nbytes: int, limit: int) -> bool:
-        """Whether a part can join: it begins where the last one ends, and there is room."""
+    @property
+    def end(self) -> int:
+        """The byte of the file behind the last part."""
+        return self.parts[-1].offset + self.parts[-1].nbytes
+
+    def room(self, entry: TensorEntry, offset: int, limit: int) -> int:
+        """Return how many bytes from ``offset`` on can join; 0 where they lie elsewhere."""
         if not self.parts:
-            return True
-        end = self.parts[-1].offset + self.parts[-1].nbytes
-        return (
-            entry.path == self.parts[-1].entry.path
-            and offset == end
-            and self.nbytes + nbytes <= limit
+            return limit
+        last, between = self.parts[-1], offset - self.end if entry.nbytes else 0
+        joins = (
+            entry.path == last.entry.path
+            and 0 <= between <= _GAP
             and len(self.parts) < _MAX_PARTS
-            and type(entry) is type(self.parts[-1].entry) is TensorEntry
+            and type(entry) is type(last.entry) is TensorEntry
         )
+        return max(0, limit - self.nbytes - _rounded(between)) if joins else 0
 
 
 def stream(
@@ -159,7 +176,7 @@ def _run(
 ) -> Iterator[Piece]:
     total = sum(request.entry.nbytes for request in requests)
     batches = _batches(requests, piece_bytes)
-    free = deque(ring.slots(min(piece_bytes + _SLOT, total + _SLOT * len(requests))))
+    free = deque(ring.slots(min(piece_bytes + _SLOT, total + (_SLOT + _GAP) * len(requests))))
     inflight: deque[tuple[_Batch, Slot, Any]] = deque()
     sums = _Sums()
     with (
@@ -202,16 +219,32 @@ def _batches(requests: list[Request], piece_bytes: int) -> Iterator[_Batch]:
         step = max(1, piece_bytes // entry.dtype.itemsize // request.align) * request.align
         if request.whole:
             step = max(1, entry.numel)
-        for start in range(0, max(1, entry.numel), step):
-            count = min(step, entry.numel - start)
-            nbytes = count * entry.dtype.itemsize
+        start = 0
+        while start < entry.numel or start == 0:
             offset = entry.offset + start * entry.dtype.itemsize
-            if not batch.takes(entry, offset, nbytes, piece_bytes):
-                yield batch
+            count = min(step, entry.numel - start)
+            room = (
+                batch.room(entry, offset, piece_bytes)
+                // entry.dtype.itemsize
+                // request.align
+                * request.align
+            )
+            if room < count and not (
+                batch.parts and room * entry.dtype.itemsize >= _WORTH and not request.whole
+            ):
+                if batch.parts:
+                    yield batch
                 batch = _Batch()
-            batch.add(entry, start, nbytes, start + count == entry.numel)
+            else:
+                count = min(count, room)
+            batch.add(entry, start, count * entry.dtype.itemsize, start + count == entry.numel)
+            start += max(count, 1)
     if batch.parts:
         yield batch
+
+
+def _rounded(nbytes: int) -> int:
+    return -(-nbytes // _SLOT) * _SLOT
 
 
 class _Sums:
@@ -291,7 +324,13 @@ class _Source:
         memory = slot.memory(batch.nbytes)
         view = _bytes(memory)
         self.open(first.entry)
-        views = [view[part.place : part.place + part.nbytes] for part in batch.parts if part.nbytes]
+        views = []
+        for part in batch.parts:
+            if part.between:
+                place = part.place - _rounded(part.between)
+                views.append(view[place : place + part.between])
+            if part.nbytes:
+                views.append(view[part.place : part.place + part.nbytes])
         self.read(views, first.offset, batch)
         for part in batch.parts:
             if part.entry.crc32 is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import islice
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from tuckaway.paging.homes import PageHomes
 from tuckaway.paging.hooks import PagedWeights, PageHook
 from tuckaway.paging.moves import guard_moves
 from tuckaway.paging.state import ATTRIBUTE, Paging, paging_of
+from tuckaway.paging.tree import prefixes
 from tuckaway.paging.units import PagePlan
 
 __all__ = ["attach"]
@@ -81,6 +83,7 @@ def _hook(
         for owner in dict.fromkeys(id(binding.module) for binding in page.bindings):
             holders.setdefault(owner, []).append(page)
     moved = {id(modules[path]): device for path, device in plan.moved.items()}
+    below = _names_below(plan)
     done: set[int] = set()
     for path, module in modules.items():
         key = id(module)
@@ -98,7 +101,7 @@ def _hook(
             io_same_device=root and io_same_device,
             root=root,
             skip_keys=skip_keys,
-            weights=PagedWeights(paging, _names_below(path, plan)),
+            weights=PagedWeights(paging, below.get(path, {})),
         )
         if driven:
             hook.drive()
@@ -106,13 +109,14 @@ def _hook(
         paging.hooks.append((module, hook))
 
 
-def _names_below(path: str, plan: PagePlan) -> dict[str, str]:
-    start = f"{path}." if path else ""
-    return {
-        name[len(start) :]: name
-        for name in plan.specs
-        if name.startswith(start) and plan.page_of(name) is not None
-    }
+def _names_below(plan: PagePlan) -> dict[str, dict[str, str]]:
+    """Return, for every path with paged tensors below it, their names from there on and in full."""
+    below: dict[str, dict[str, str]] = {}
+    for name in plan.specs:
+        if plan.page_of(name) is not None:
+            for path in islice(prefixes(name), 1, None):
+                below.setdefault(path, {})[name[len(path) + 1 :] if path else name] = name
+    return below
 
 
 def _tensor(model: nn.Module, name: str) -> torch.Tensor:

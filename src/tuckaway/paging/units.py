@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import nn
 
 from tuckaway.paging.page import PageLayout
-from tuckaway.paging.tree import ModuleTree, Placement, as_device, is_below
+from tuckaway.paging.tree import ModuleTree, Placement, as_device, prefixes
 from tuckaway.tensor import TensorSpec
 
 __all__ = ["PagePlan", "PageUnit", "as_device", "plan_pages"]
@@ -159,12 +160,13 @@ def plan_pages(
         groups.setdefault((home, frozenset(askers_of[name])), []).append(name)
 
     order = {path: index for index, path in enumerate(tree.modules)}
-    asking = {asker for _, askers in groups for asker in askers}
+    # paths that an asker lies in: looked up, as comparing every asker with every other grows with the square
+    above = {path for _, askers in groups for asker in askers for path in islice(prefixes(asker), 1, None)}
     pages: list[PageUnit] = []
     ordered = sorted(groups.items(), key=lambda group: (min(order[a] for a in group[0][1]), group[0][0]))
     for (home, askers), names in ordered:
         paths = tuple(sorted(askers, key=order.__getitem__))
-        outer = any(is_below(other, path) for path in paths for other in asking if other != path)
+        outer = not above.isdisjoint(paths)
         layout = PageLayout.of({name: specs[name] for name in names})
         pages.append(
             PageUnit(len(pages), paths[0] or type(model).__name__, home, tuple(names), layout, paths, outer)
