@@ -16,7 +16,7 @@ from tuckaway.cli.demo import default_budget, run_demo
 from tuckaway.cli.options import parse_max_memory
 from tuckaway.cli.show import Screen
 from tuckaway.errors import CheckpointNotFound, PlanError
-from tuckaway.plan import choose_specs, compute_module_sizes, resolve_device_map
+from tuckaway.plan import choose_specs, resolve_device_map
 
 
 def demo(model: Path, *, format: str = "nf4", max_memory: str | None = None, tokens: int = 12) -> str:
@@ -82,14 +82,18 @@ def test_budget_that_is_too_small(tiny_llama: Path) -> None:
         demo(tiny_llama, max_memory="cpu=1kB")
 
 
+@pytest.mark.parametrize("accelerator", [False, True])
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
-def test_default_budget_spreads_the_real_model(format: str, smollm2: Path) -> None:
+def test_default_budget_spreads_the_real_model(format: str, accelerator: bool, smollm2: Path) -> None:
+    """Also over a GPU that is not there: planning for one needs none."""
+    if torch.accelerator.is_available() and not accelerator:
+        pytest.skip("an accelerator is there and executes")
     with tuckaway.init_empty_weights():
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(smollm2))
     specs, _ = choose_specs(model, tuckaway.QuantizationConfig(format=format))
     blocks = [f"model.layers.{i}" for i in range(30)]
-    budget = default_budget(compute_module_sizes(model, specs=specs), blocks)
+    budget = default_budget(model, specs, blocks, accelerator=accelerator)
     placement = resolve_device_map(model, specs, "auto", max_memory=budget)
     counts = [list(placement.values()).count(place) for place in sorted(set(placement.values()), key=str)]
-    assert len(counts) == (3 if torch.accelerator.is_available() else 2)
+    assert len(counts) == (3 if accelerator else 2)
     assert min(counts) >= 5

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import torch
 import typer
+from torch import nn
 
 from tuckaway.cli.answer import answer
 from tuckaway.cli.model import build, load, quantization_config, tokenizer_of
@@ -15,6 +16,7 @@ from tuckaway.cli.placement import placement, show_memory, show_placement, show_
 from tuckaway.cli.show import Screen
 from tuckaway.cli.smollm2 import REPOSITORY, smollm2
 from tuckaway.plan import choose_specs, compute_module_sizes, load_work_bytes
+from tuckaway.tensor import TensorSpec
 
 __all__ = ["command", "default_budget", "run_demo"]
 
@@ -82,8 +84,8 @@ def run_demo(
     screen.line(f"weights from {source}")
     if max_memory is None:
         specs, _ = choose_specs(built.network, config)
-        sizes = compute_module_sizes(built.network, specs=specs)
-        max_memory = default_budget(sizes, built.blocks, load_work_bytes(specs, specs))
+        available = torch.accelerator.is_available()
+        max_memory = default_budget(built.network, specs, built.blocks, accelerator=available)
 
     with load(built, config, max_memory=max_memory) as loaded:
         show_placement(screen, loaded.network)
@@ -108,21 +110,26 @@ def run_demo(
 
 
 def default_budget(
-    sizes: Mapping[str, int], blocks: Sequence[str], work_bytes: int = 0
+    model: nn.Module, specs: Mapping[str, TensorSpec], blocks: Sequence[str], *, accelerator: bool
 ) -> dict[int | str, int | str]:
     """Return a ``max_memory`` under which every kind of placement is in use.
 
     The executing device gets what is no block (the embedding, mostly), the two slots that blocks are paged into, and
-    room for two fifths of the blocks. Under a GPU, RAM has room for three tenths. The rest goes to disk.
+    room for two fifths of the blocks; a GPU also what loading takes on it while the other blocks go to their pages.
+    Under a GPU, RAM has room for three tenths. The rest goes to disk.
 
     Args:
-        sizes: final bytes by module; ``""`` is the whole model.
+        model: its structure.
+        specs: final form of every tensor.
         blocks: names of the modules that may not be split.
-        work_bytes: what loading takes on a GPU beside the weights; the slots come when it is gone.
+        accelerator: whether a GPU executes.
     """
+    sizes = compute_module_sizes(model, specs=specs)
     each = [sizes[name] for name in blocks]
-    resident = sizes[""] - sum(each) + 2 * max(each, default=0) + int(_RESIDENT_SHARE * sum(each))
-    if torch.accelerator.is_available():
-        slots = 2 * max(each, default=0)
-        return {0: resident + max(0, work_bytes - slots), "cpu": int(_RAM_SHARE * sum(each))}
-    return {"cpu": resident}
+    slots = 2 * max(each, default=0)
+    resident = sizes[""] - sum(each) + slots + int(_RESIDENT_SHARE * sum(each))
+    if not accelerator:
+        return {"cpu": resident}
+    paged = [name for name in specs if name.startswith(tuple(f"{block}." for block in blocks))]
+    work = load_work_bytes(specs, paged)  # the slots come when it is gone
+    return {0: resident + max(0, work - slots), "cpu": int(_RAM_SHARE * sum(each))}
