@@ -37,7 +37,7 @@ def main() -> None:
     plt: Any = importlib.import_module("matplotlib.pyplot")
     measured = json.loads(options.json.read_text(encoding="utf-8"))
     results = measured["results"]["results"]
-    shapes = sorted({tuple(r["shape"]) for r in results if r.get("what") == "nf4" and "m" in r})
+    shapes = sorted({tuple(r["shape"]) for r in results if r["what"] == "nf4" and "shape" in r and "m" in r})
     figure, axes = plt.subplots(1, len(shapes), figsize=(4 * len(shapes), 3.6), sharey=True, squeeze=False)
     for axis, shape in zip(axes[0], shapes, strict=True):
         for what in LINES:

@@ -28,7 +28,8 @@ def test_4bit_choices_keep_to_their_kernels_rules() -> None:
     for m, (rows, cols), blocksize, nested in product(BATCHES, SHAPES, [32, 64, 4096], [True, False]):
         choice = choose_4bit(GPU, m, rows, cols, blocksize, nested)
         if choice is None:
-            assert m in (0, 129, 4096) or cols % 32 or (m > 2 and (cols % 64 or blocksize < 64))
+            wide = m > 64 and rows > 8192
+            assert m in (0, 129, 4096) or cols % 32 or (m > 2 and (cols % 64 or blocksize < 64)) or wide
         elif choice.kernel == "gemv":
             assert choice.tile_m == m
             assert m in (1, 2, 4)
@@ -61,6 +62,8 @@ def test_the_measured_table_is_used_on_the_gpu_it_was_measured_on(monkeypatch: p
     monkeypatch.setattr(selection, "processors", lambda device: 132)
     selection._entries.cache_clear()
     assert choose_4bit(GPU, 1, 8192, 8192, 64, False) == Choice("gemv", 4, 8, 1, programs=264)
+    tile = choose_4bit(GPU, 64, 11_008, 4096, 64, False)
+    assert tile == Choice("mma", 16, 8, 64, split=4, across=8)
     assert choose_4bit(GPU, 1, 4096, 4096, 64, False) == Choice("gemv", 4, 4, 1, programs=528)
     selection._entries.cache_clear()
 

@@ -55,6 +55,29 @@ def load_4bit(
 
 
 @triton.jit
+def load_block(
+    codes,
+    scales,
+    nested,
+    offset,
+    dynamic,
+    codebook,
+    first,
+    mask,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+):
+    """Decode INNER weights from each ``first``, int64 [OUTER], on, which share a scale: fp32 [INNER, OUTER]."""
+    byte = tl.arange(0, INNER // 2)
+    packed = tl.load(codes + (first // 2)[:, None] + byte[None, :], mask=mask[:, None], other=0).to(tl.int32)
+    scale = load_scale(scales, nested, offset, dynamic, first // BLOCKSIZE, mask, NESTED)
+    pairs = tl.join(tl.load(codebook + (packed >> 4)), tl.load(codebook + (packed & 15)))
+    return (tl.reshape(pairs, [OUTER, INNER]) * scale[:, None]).T
+
+
+@triton.jit
 def grouped_kernel(
     x,
     offs,
@@ -77,12 +100,14 @@ def grouped_kernel(
     NESTED: tl.constexpr,
     TRANSPOSE: tl.constexpr,
     INT8: tl.constexpr,
+    EVEN: tl.constexpr,
     INVERSE_127: tl.constexpr,
 ):
     """x [t, inner], out [t, outer]; stack [experts, rows, cols] of 4-bit codes, or (INT8) int8 with scales fp32 a row.
 
     A program takes TILE rows of one group and OUTER columns of the result, and INNER terms of the sums at a time. Any
-    shape; weights are rounded to the dtype of x, products are added in fp32. EXPERTS: a power of two above ``experts``.
+    shape; EVEN: 4-bit, transposed, cols a multiple of INNER, and INNER codes of a row share a scale. Weights are cast
+    to the dtype of x, products are added in fp32. EXPERTS: a power of two above ``experts``.
     """
     group, first, last = group_of_program(offs, t, experts, TILE, EXPERTS)
     if first < last:
@@ -97,33 +122,46 @@ def grouped_kernel(
         acc = tl.zeros([TILE, OUTER], dtype=tl.float32)
         start = group.to(tl.int64) * rows * cols
         x_at = x + row.to(tl.int64)[:, None] * inner
+        row_start = start + column.to(tl.int64) * cols
         if group < experts:
             for k in range(0, inner, INNER):
                 term = k + tl.arange(0, INNER)
                 term_mask = term < inner
                 left = tl.load(x_at + term[None, :], mask=row_mask[:, None] & term_mask[None, :], other=0.0)
-                mask = term_mask[:, None] & column_mask[None, :]
-                if TRANSPOSE:
-                    place = start + column.to(tl.int64)[None, :] * cols + term[:, None]
-                else:
-                    place = start + term.to(tl.int64)[:, None] * cols + column[None, :]
-                if INT8:
-                    weight = tl.load(codes + place, mask=mask, other=0).to(tl.float32)
-                    if TRANSPOSE:
-                        scale_at, scale_mask = group * rows + column, column_mask
-                        factor = (tl.load(scales + scale_at, mask=scale_mask, other=0.0) * INVERSE_127)[
-                            None, :
-                        ]
-                    else:
-                        scale_at, scale_mask = group * rows + term, term_mask
-                        factor = (tl.load(scales + scale_at, mask=scale_mask, other=0.0) * INVERSE_127)[
-                            :, None
-                        ]
-                    weight = weight * factor
-                else:
-                    weight = load_4bit(
-                        codes, scales, nested, offset, dynamic, codebook, place, mask, BLOCKSIZE, NESTED
+                if EVEN:
+                    weight = load_block(
+                        codes,
+                        scales,
+                        nested,
+                        offset,
+                        dynamic,
+                        codebook,
+                        row_start + k,
+                        column_mask,
+                        INNER,
+                        OUTER,
+                        BLOCKSIZE,
+                        NESTED,
                     )
+                else:
+                    mask = term_mask[:, None] & column_mask[None, :]
+                    if TRANSPOSE:
+                        place = start + column.to(tl.int64)[None, :] * cols + term[:, None]
+                    else:
+                        place = start + term.to(tl.int64)[:, None] * cols + column[None, :]
+                    if INT8:
+                        weight = tl.load(codes + place, mask=mask, other=0).to(tl.float32)
+                        if TRANSPOSE:
+                            scale = tl.load(scales + group * rows + column, mask=column_mask, other=0.0)[
+                                None, :
+                            ]
+                        else:
+                            scale = tl.load(scales + group * rows + term, mask=term_mask, other=0.0)[:, None]
+                        weight = weight * (scale * INVERSE_127)
+                    else:
+                        weight = load_4bit(
+                            codes, scales, nested, offset, dynamic, codebook, place, mask, BLOCKSIZE, NESTED
+                        )
                 acc = tl.dot(left, weight.to(left.dtype), acc, input_precision="ieee")
         at = out + row.to(tl.int64)[:, None] * outer + column[None, :]
         tl.store(at, acc.to(out.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])

@@ -126,6 +126,7 @@ def _prepared(
         "NESTED": nested,
         "TRANSPOSE": transpose,
         "INT8": int8,
+        "EVEN": transpose and not int8 and cols % 64 == 0 and blocksize >= 64,
         "INVERSE_127": INVERSE_127,
     }
     # every group may end with a tile that is not full, and so may the rows after the last group; no more than one a row

@@ -53,6 +53,10 @@ def fused_product(
     """
     m, rows = out.shape
     cols = x.shape[1]
+    if nested_absmax is not None and nested_offset is not None and choice.tile_m == 64:
+        # with one block a step a scale is looked up 8 times over, 14 us for 8192x8192; restored at once it is 4 us
+        scales = torch.ops.tuckaway.dequantize_nested(scales, nested_absmax, nested_offset)
+        nested_absmax = nested_offset = None
     nested = nested_absmax is not None
     bf16 = x.dtype == torch.bfloat16
     if overlap is None:

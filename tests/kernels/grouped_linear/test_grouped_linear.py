@@ -68,7 +68,7 @@ def test_int8_is_the_loop_over_matrices(ends: list[int], transpose: bool, rows: 
 @pytest.mark.parametrize("transpose", [True, False])
 @pytest.mark.parametrize(
     ("rows", "cols", "format", "nested"),
-    [(16, 64, "nf4", False), (5, 7, "fp4", False), (70, 96, "nf4", True)],
+    [(16, 64, "nf4", False), (5, 7, "fp4", False), (70, 96, "nf4", True), (9, 128, "fp4", True)],
 )
 def test_the_kernels_give_the_same(
     interpret: Callable[..., Any],
