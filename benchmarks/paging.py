@@ -217,12 +217,12 @@ def disk(model: Any, count: int) -> float:
     """Return GB/s of plain reads of a model's first disk pages by the threads that page."""
     homes = paging_of(model).homes
     reader, threads = homes.store.reader, homes.store.threads()
-    local = threading.local()
+    local, around = threading.local(), [reader.goes_around(index) for index in range(count)]
 
     def read(index: int, number: int) -> None:
         if not hasattr(local, "memory"):
             local.memory = host_memory(reader.cell)
-        reader.read(index, number, local.memory)
+        reader.read(index, number, local.memory, around=around[index])
 
     work = [(i, n) for i in range(min(count, len(homes.store.layouts))) for n in range(len(reader.cells(i)))]
     fill = Fill()

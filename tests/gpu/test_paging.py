@@ -427,7 +427,7 @@ def test_a_page_that_cannot_be_read_is_read_again_at_the_next_step(tmp_path, mon
         step = CapturedStep(model, lambda: model(x))
         step()
         reader = paging_of(model).homes.store.reader
-        monkeypatch.setattr(reader, "read", lambda *_: (_ for _ in ()).throw(StoreError("lost")))
+        monkeypatch.setattr(reader, "read", lambda *_, **__: (_ for _ in ()).throw(StoreError("lost")))
         with pytest.raises(StoreError, match="lost"):
             [step() for _ in range(3)]
         monkeypatch.undo()

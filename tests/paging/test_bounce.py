@@ -150,7 +150,7 @@ def test_a_cell_that_cannot_be_read_leaves_no_piece_behind(transfer, monkeypatch
     monkeypatch.setattr(
         reader,
         "read",
-        lambda index, number, out: broken() if number == cell else read(index, number, out),
+        lambda index, number, out, **o: broken() if number == cell else read(index, number, out, **o),
     )
 
     def broken():

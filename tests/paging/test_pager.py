@@ -172,7 +172,9 @@ def test_disk_pages_are_read_by_another_thread(tmp_path, monkeypatch):
     readers = set()
     read = CellReader.read
     monkeypatch.setattr(
-        CellReader, "read", lambda *args: (readers.add(threading.current_thread().name), read(*args))[1]
+        CellReader,
+        "read",
+        lambda *args, **o: (readers.add(threading.current_thread().name), read(*args, **o))[1],
     )
     forward(page(make(), {"": "disk"}, tmp_path))
     assert readers
@@ -185,10 +187,10 @@ def test_a_failed_read_ahead_surfaces_only_if_the_page_is_used(tmp_path, monkeyp
     reader = paging_of(model).homes.store.reader
     read, bad = reader.read, paging_of(model).homes.number(paging_of(model).plan.page_of("blocks.1.up.bias"))
 
-    def broken(index, number, out):
+    def broken(index, number, out, **options):
         if index == bad:
             raise ChecksumError("broken")
-        read(index, number, out)
+        read(index, number, out, **options)
 
     monkeypatch.setattr(reader, "read", broken)
     with torch.no_grad():
@@ -271,7 +273,7 @@ def test_disk_pages_that_stay_in_memory_are_read_once(tmp_path, monkeypatch):
     read: list[tuple[int, int]] = []
     whole = CellReader.read
     monkeypatch.setattr(
-        CellReader, "read", lambda self, i, n, out: (read.append((i, n)), whole(self, i, n, out))[1]
+        CellReader, "read", lambda self, i, n, out, **o: (read.append((i, n)), whole(self, i, n, out, **o))[1]
     )
     model, want = page(make(), {"": "disk"}, tmp_path, disk_cache_bytes=3 * 2**14), forward(make())
     for _ in range(4):

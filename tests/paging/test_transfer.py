@@ -60,9 +60,9 @@ def test_the_last_page_asked_for_wins(homes, transfer):
     slot, resident = slot_for(homes), make()
     gate, read = threading.Event(), homes.store.reader.read
 
-    def slowly(*args):
+    def slowly(*args, **options):
         gate.wait(10)
-        read(*args)
+        read(*args, **options)
 
     homes.store.reader.read = slowly
     for last in pages:

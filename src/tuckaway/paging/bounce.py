@@ -64,10 +64,7 @@ class Bounces:
 
 
 class Run:
-    """Cells that lie in a row: read by several threads into one piece, and copied out of it at once.
-
-    To launch a copy costs a thread some 0.3 ms when a dozen others want Python's lock as well: one for each cell would
-    be what limits paging.
+    """Cells that lie in a row: read by threads into one piece, and copied out of it at once.
 
     Args:
         bounces: where the piece comes from when the first cell is read; runs must be begun in order.

@@ -16,9 +16,8 @@ from tuckaway.paging.page import PageLayout
 
 __all__ = ["CELL", "PageSums", "cells"]
 
-CELL = 4 * 2**20
-"""Bytes of a cell, the last of a page shorter: what a reading thread takes at once, and one copy carries. A multiple of
-4096; small enough that all that the threads are at fits into a processor's cache, large enough for the bus."""
+CELL = 8 * 2**20
+"""Bytes of a cell, the last of a page shorter: what a reading thread takes at once. A multiple of 4096."""
 
 
 def cells(nbytes: int, cell: int = CELL) -> list[tuple[int, int]]:

@@ -1,6 +1,6 @@
-"""Cells of a store's file, read and checked: :class:`CellReader`, and the threads that do it.
+"""Cells of a store's file, read and checked: :class:`CellReader`.
 
-A cell that the page cache holds is copied out of it (6 GB/s a thread). Any other is read around it with ``O_DIRECT``,
+A page that the page cache holds is copied out of it (6 GB/s a thread). Any other is read around it with ``O_DIRECT``,
 straight into the caller's memory: a store is read in a cycle, and a cycle larger than the cache would push out of it
 what is needed next, and everybody else's files too.
 """
@@ -83,7 +83,13 @@ class CellReader:
         """Return first byte and size of every cell of page ``index``."""
         return self._cells[index]
 
-    def read(self, index: int, number: int, out: torch.Tensor) -> None:
+    def goes_around(self, index: int) -> bool:
+        """Decide how to read page ``index``: around the page cache, unless that holds half of it or more."""
+        if self.direct is not None or self._direct_fd < 0:
+            return bool(self.direct)
+        return not self._cache.holds(self._starts[index], self._layouts[index].nbytes)
+
+    def read(self, index: int, number: int, out: torch.Tensor, *, around: bool | None = None) -> None:
         """Read cell ``number`` of page ``index``; its checksum is compared the first time.
 
         Args:
@@ -91,6 +97,7 @@ class CellReader:
             number: the cell.
             out: uint8 ``[n]`` on the CPU. To be read around the page cache it must begin at a multiple of 4096 and
                 have room for one: then bytes behind the cell are overwritten too.
+            around: read around the page cache. ``None``: as :meth:`goes_around` says.
 
         Raises:
             StoreCorrupt: the file is shorter than it was.
@@ -100,7 +107,8 @@ class CellReader:
         start, size = self._cells[index][number]
         if out.numel() < size:
             raise ValueError(f"a cell of {size} bytes does not fit into {out.numel()}")
-        self._read(out, self._starts[index] + start, size)
+        around = self.goes_around(index) if around is None else around
+        self._read(out, self._starts[index] + start, size, around=around)
         if self._unknown(index, number):
             self._check(index, number, byte_view(out)[:size])
 
@@ -133,11 +141,12 @@ class CellReader:
         with self._guard:
             self._identity = self._look()
 
-    def _read(self, out: torch.Tensor, offset: int, nbytes: int) -> None:
+    def _read(self, out: torch.Tensor, offset: int, nbytes: int, *, around: bool = False) -> None:
         if self._fd < 0:
             raise StoreError("the store is closed", where=self.path)
         view = byte_view(out)
-        if self._goes_around(out, offset, nbytes):
+        fits = not (out.data_ptr() | offset) % EXTENT and out.numel() >= aligned(nbytes, EXTENT)
+        if around and fits and self.direct is not False and self._direct_fd >= 0:
             try:
                 got = files.read_at(self._direct_fd, view[: aligned(nbytes, EXTENT)], offset, self.path)
             except StoreError as error:
@@ -152,13 +161,6 @@ class CellReader:
             raise StoreCorrupt(
                 "the file ends too early", where=f"{self.path}, byte {offset + got}", hint=REMOVE
             )
-
-    def _goes_around(self, out: torch.Tensor, offset: int, nbytes: int) -> bool:
-        if self.direct is False or self._direct_fd < 0:
-            return False
-        if (out.data_ptr() | offset) % EXTENT or out.numel() < aligned(nbytes, EXTENT):
-            return False
-        return self.direct or not self._cache.holds(offset, nbytes)
 
     def _unknown(self, index: int, number: int) -> bool:
         return (index, number) not in self._verified

@@ -48,7 +48,7 @@ class PageCache:
         nbytes = min(nbytes, self._nbytes - offset)
         if not self._address or nbytes <= 0 or offset % mmap.PAGESIZE:
             return True
-        # each costs a microsecond; to ask for every page would cost a tenth of reading it
+        # each costs a microsecond; to ask for every one would cost a tenth of reading them
         step = max(nbytes // _SAMPLES // mmap.PAGESIZE, 1) * mmap.PAGESIZE
         asked = range(offset, offset + nbytes, step)
         there = ctypes.create_string_buffer(1)
@@ -71,7 +71,7 @@ def _library() -> Any:
     """The C library with what is used declared; None where it has no ``mincore``."""
     if os.name != "posix":
         return None
-    library = ctypes.PyDLL(None)  # keeps Python's lock: these calls are short, and getting it back is not
+    library = ctypes.CDLL(None)
     if not hasattr(library, "mincore"):
         return None
     size, pointer = ctypes.c_size_t, ctypes.c_void_p

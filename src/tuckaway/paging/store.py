@@ -285,13 +285,14 @@ class Store:
             raise ValueError(f"a page of {size} bytes does not fit into {out.numel()}")
         reader.refresh()
         ranges = reader.cells(index)
+        around = reader.goes_around(index)
         if len(ranges) == 1:
-            reader.read(index, 0, out[:size])
+            reader.read(index, 0, out[:size], around=around)
         elif ranges:
 
             def read(number: int) -> None:
                 start, nbytes = ranges[number]
-                reader.read(index, number, out[start : start + nbytes])
+                reader.read(index, number, out[start : start + nbytes], around=around)
 
             fill = Fill()
             fill.expect(len(ranges))
