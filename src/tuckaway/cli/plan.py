@@ -20,7 +20,7 @@ from tuckaway.cli.options import (
 )
 from tuckaway.cli.show import Screen
 from tuckaway.errors import PlanError
-from tuckaway.plan import BLOCKS_HEAD, DEVICES_HEAD, format_bytes, parse_bytes
+from tuckaway.plan import format_bytes, parse_bytes
 
 __all__ = ["command"]
 
@@ -110,9 +110,9 @@ def command(
 def _show(screen: Screen, found: tuckaway.Plan) -> None:
     screen.line(f"{found.name}: {found.title}", style="bold")
     screen.line()
-    screen.table("Blocks", BLOCKS_HEAD, found.block_rows(), right=3)
+    screen.table("Blocks", *found.block_table(), right=3)
     screen.line()
-    screen.table("Devices", DEVICES_HEAD, found.device_rows(), right=1)
+    screen.table("Devices", *found.device_table(), right=1)
     screen.line()
     reserve = found.on(found.execution_device).reserve_bytes
     screen.line(

@@ -16,7 +16,7 @@ from tuckaway.plan.device_map import (
 )
 from tuckaway.plan.machine import Speeds, cache_folder, known_speeds, remember_speeds
 from tuckaway.plan.memory import format_bytes, get_max_memory, parse_bytes
-from tuckaway.plan.planned import BLOCKS_HEAD, DEVICES_HEAD, Plan
+from tuckaway.plan.planned import Plan
 from tuckaway.plan.planner import plan
 from tuckaway.plan.report import QuantizationReport, ReportRow, quantization_report
 from tuckaway.plan.resolve import executing_device, resolve_device_map
@@ -25,8 +25,6 @@ from tuckaway.plan.sizes import compute_module_sizes, memory_footprint, tensor_s
 from tuckaway.plan.ties import canonical_names, find_tied_parameters, retie_parameters, tied_groups
 
 __all__ = [
-    "BLOCKS_HEAD",
-    "DEVICES_HEAD",
     "Accounts",
     "DeviceMemory",
     "Plan",

@@ -18,29 +18,17 @@ from tuckaway.plan.draw import draw
 from tuckaway.plan.expect import Expected
 from tuckaway.plan.machine import Speeds
 from tuckaway.plan.memory import Device, format_bytes
-from tuckaway.plan.text import joined, pattern_of, table
+from tuckaway.plan.text import filled, joined, pattern_of, table
 
-__all__ = ["BLOCKS_HEAD", "DEVICES_HEAD", "Plan", "place"]
+__all__ = ["Plan", "place"]
 
 _VERSION = 1
 
-BLOCKS_HEAD = ("blocks", "on", "format", "codes", "scales", "nested", "plain", "padding")
-"""Columns of the table of blocks."""
+_PARTS = ("codes", "scales", "nested", "plain", "padding")
+"""Parts of a block that the table shows."""
 
-DEVICES_HEAD = (
-    "device",
-    "weights",
-    "padding",
-    "slots",
-    "cache",
-    "buffers",
-    "in use",
-    "reserve",
-    "loading",
-    "peak",
-    "free",
-)
-"""Columns of the table of devices: what stays, what comes with running, what comes with loading."""
+_HELD = ("weights", "padding", "slots", "cache", "buffers", "in use", "reserve", "loading", "peak")
+"""Parts of a device's memory that the table shows."""
 
 
 @dataclass(frozen=True)
@@ -248,46 +236,46 @@ class Plan:
     def __str__(self) -> str:
         parts = [
             f"{self.name}: {self.title}",
-            table(BLOCKS_HEAD, self.block_rows(), right=3),
-            table(DEVICES_HEAD, self.device_rows(), right=1),
+            table(*self.block_table(), right=3),
+            table(*self.device_table(), right=1),
             *self.expected.lines(self.batch_size),
         ]
         return "\n\n".join(parts)
 
-    def block_rows(self) -> list[tuple[str, ...]]:
-        """Return the blocks as cells under ``BLOCKS_HEAD``; those that differ in a number only are one row."""
+    def block_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Return headings and cells of the blocks; those that differ in a number only are one line."""
         groups: dict[tuple[object, ...], list[PlannedBlock]] = {}
         for block in self.blocks:
             shape = (block.nbytes, block.padding_bytes, tuple(block.formats.items()))
             groups.setdefault((pattern_of(block.name), block.device, block.paged, shape), []).append(block)
-        return [
+        lines = [
             (
                 joined([block.name for block in rows]) or "(the model itself)",
                 place(rows[0].device) + (", paged" if rows[0].paged else ""),
                 ", ".join(rows[0].formats),
-                *(
-                    format_bytes(sum(getattr(block, f"{part}_bytes") for block in rows))
-                    for part in BLOCKS_HEAD[3:]
-                ),
+                *(_size(sum(getattr(block, f"{part}_bytes") for block in rows)) for part in _PARTS),
             )
             for rows in groups.values()
         ]
+        return filled(("blocks", "on", "format", *_PARTS), lines)
 
-    def device_rows(self) -> list[tuple[str, ...]]:
-        """Return the devices as cells under ``DEVICES_HEAD``."""
-        return [
+    def device_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Return headings and cells of the devices: what stays, what comes with running, what with loading."""
+        lines = [
             (
                 place(memory.device),
-                *(
-                    format_bytes(getattr(memory, f"{part.replace(' ', '_')}_bytes"))
-                    for part in DEVICES_HEAD[1:-1]
-                ),
+                *(_size(getattr(memory, f"{part.replace(' ', '_')}_bytes")) for part in _HELD),
                 "" if memory.free_bytes is None else format_bytes(memory.free_bytes),
             )
             for memory in self.devices
         ]
+        return filled(("device", *_HELD, "free"), lines)
 
 
 def place(device: Device) -> str:
     """Write a device for people."""
     return f"GPU {device}" if isinstance(device, int) else {"cpu": "RAM"}.get(device, device)
+
+
+def _size(nbytes: int) -> str:
+    return format_bytes(nbytes) if nbytes else ""

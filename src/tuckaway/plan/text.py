@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["joined", "pattern_of", "table"]
+__all__ = ["filled", "joined", "pattern_of", "table"]
 
 
 def pattern_of(name: str) -> str:
@@ -30,6 +30,18 @@ def joined(names: Sequence[str]) -> str:
             column[0] if len(distinct) == 1 else f"{{{_ranges([int(piece) for piece in distinct])}}}"
         )
     return ".".join(columns)
+
+
+def filled(
+    head: Sequence[str], lines: Sequence[Sequence[str]]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Leave out the columns that are empty in every line, but for the first.
+
+    >>> filled(("device", "slots", "free"), [("GPU 0", "", "1 kB"), ("disk", "", "")])
+    (('device', 'free'), [('GPU 0', '1 kB'), ('disk', '')])
+    """
+    kept = [i for i in range(len(head)) if i == 0 or any(line[i] for line in lines)]
+    return tuple(head[i] for i in kept), [tuple(line[i] for i in kept) for line in lines]
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]], *, right: int | None = None) -> str:
