@@ -100,7 +100,8 @@ class LlmTile:
     stages: int
 
 
-def llm_tile(m: int, rows: int) -> LlmTile:
+@lru_cache(maxsize=1024)
+def llm_tile(m: int) -> LlmTile:
     """Return the tile for a product of ``m`` rows."""
     # us on an H100 for 4096x4096, outliers in 11 columns; in brackets the next best
     if m <= 16:
@@ -133,7 +134,7 @@ def llm_int8_product(
     rows = codes.shape[0]
     device = x.device
     kind = 0 if bias is None else 1 if bias.dtype == torch.float16 else 2
-    plan = _llm_plan(m, rows, cols, threshold > 0.0, kind, tile or llm_tile(m, rows))
+    plan = _llm_plan(m, rows, cols, threshold > 0.0, kind, tile or llm_tile(m))
     quantized = torch.empty((m, cols), dtype=torch.int8, device=device)
     scales = torch.empty(m, dtype=torch.float32, device=device)
     flags, outliers = quantized, scales

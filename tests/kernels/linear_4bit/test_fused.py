@@ -115,6 +115,13 @@ def test_mma(
     assert error < OWN_ERROR["mma"]
 
 
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("m", [40, 70])
+def test_mma_of_many_rows(run: Callable[..., float], m: int, nested: bool) -> None:
+    choice = Choice("mma", 16, 8, tile_m=64, blocks=1, split=2, across=8)
+    assert run(choice, 144, 256, m, nested=nested, bias=True) < OWN_ERROR["mma"]
+
+
 @pytest.mark.parametrize("blocksize", [64, 256])
 @pytest.mark.parametrize("spread", [1e-30, 1e30])
 def test_mma_of_whole_tiles_and_larger_blocks(
