@@ -29,7 +29,7 @@ print(json.dumps({{"seconds": done.seconds, "nbytes": done.nbytes, "basis": done
 def sparse_checkpoint(path: Path, nbytes: int) -> int:
     """Write a header and a few rows of values; the rest of the file is a hole, which reads as zeros."""
     content: dict[str, object] = {}
-    rows = 16384
+    rows = 8192
     end = 0
     count = max(1, nbytes // (4 * rows * rows))
     for number in range(count):

@@ -24,7 +24,7 @@ from tuckaway.convert.decide import Decision, decide
 from tuckaway.convert.layout import Item, ShardPlan, plan_files
 from tuckaway.convert.remote import RemoteSource
 from tuckaway.convert.shard import InShard, ShardFile, checksum_of
-from tuckaway.convert.sidecars import carry_files, write_config
+from tuckaway.convert.sidecars import carry, files_to_carry, write_config
 from tuckaway.convert.sources import LocalSource, Source
 from tuckaway.convert.staging import Record, Staging, fingerprint_of
 from tuckaway.errors import ChecksumError, StoreError
@@ -224,6 +224,8 @@ class _Job:
     ) -> None:
         self.source = source
         self.decision = decision
+        self.config = source.checkpoint.config()
+        self.carried = files_to_carry(source.checkpoint.directory)
         self.device = device
         self.non_finite = non_finite
         if len(plans) == 1:
@@ -265,9 +267,8 @@ class _Job:
             files.write_atomically(
                 staging.folder / "model.safetensors.index.json", self._index(staging.records)
             )
-        carry_files(self.source.checkpoint.directory, staging.folder)
-        config, items = self.source.checkpoint.config(), self.decision.items
-        write_config(config, items, self.decision.plain_linears, staging.folder)
+        carry(self.carried, staging.folder)
+        write_config(self.config, self.decision.items, self.decision.plain_linears, staging.folder)
         staging.finish()
 
     def _write(self, path: Path, plan: ShardPlan, bar: Progress) -> Record:

@@ -17,7 +17,7 @@ from tuckaway.convert.staging import MANIFEST
 from tuckaway.errors import CheckpointError
 from tuckaway.save import describe
 
-__all__ = ["IGNORED", "carry_files", "write_config"]
+__all__ = ["IGNORED", "carry", "files_to_carry", "write_config"]
 
 IGNORED = (
     SAFETENSORS,
@@ -37,25 +37,36 @@ _MOST_BYTES = 256 * 2**20  # of one file: the longest tokenizers have 35 MB
 _WRITTEN = ("config.json", MANIFEST)
 
 
-def carry_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation settings, templates, licences: everything at the top that is no weights.
+def files_to_carry(source: Path) -> list[Path]:
+    """Return tokenizer, generation settings, templates, licences: everything at the top that is no weights.
 
     Raises:
         UnsafePathError: a link leads out of the source.
-        CheckpointError: a file cannot be read.
-        StoreError: the disk failed.
     """
+    found = []
     for name in sorted(os.listdir(source)):
         path = source / name
         if name.startswith(".") or name.endswith(IGNORED) or name in _WRITTEN or not path.is_file():
             continue
         resolve_inside(source, name, path)
+        found.append(path)
+    return found
+
+
+def carry(paths: Sequence[Path], target: Path) -> None:
+    """Copy files into a folder; what is far bigger than any tokenizer is left.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        StoreError: the disk failed.
+    """
+    for path in paths:
         try:
             content = path.read_bytes() if path.stat().st_size <= _MOST_BYTES else None
         except OSError as error:
             raise CheckpointError(f"cannot read it: {error.strerror}", where=path) from error
         if content is not None:
-            files.write_atomically(target / name, content)
+            files.write_atomically(target / path.name, content)
 
 
 def write_config(
