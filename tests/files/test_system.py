@@ -147,3 +147,12 @@ def test_new_files_have_ordinary_permissions(tmp_path):
     finally:
         os.umask(umask)
     assert stat.S_IMODE(os.stat(tmp_path / "x").st_mode) == 0o644
+
+
+def test_a_forgotten_file_is_read_again(tmp_path):
+    path = tmp_path / "file"
+    files.write_atomically(path, b"x" * 10_000)
+    files.forget(path)
+    assert path.read_bytes() == b"x" * 10_000
+    with pytest.raises(StoreError, match="cannot open it"):
+        files.forget(tmp_path / "missing")
