@@ -7,6 +7,7 @@ each other, and that CUDA captures all of it, is shown on a GPU (tests/gpu/test_
 from __future__ import annotations
 
 import contextlib
+import random
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -272,3 +273,106 @@ def count_starts(pager, monkeypatch):
 def test_a_step_needs_cuda():
     with pytest.raises(PagingError, match="CUDA"):
         CapturedStep(page(make(), {"": "cpu"}), lambda: None)
+
+
+class Clocked(Stream):
+    """A stream that knows what happened before: of every stream, how much it has waited for."""
+
+    def __init__(self, name):
+        self.name = name
+        self.clock = {name: 0}
+
+    def wait_event(self, event):
+        for name, count in event.items():
+            self.clock[name] = max(self.clock.get(name, 0), count)
+
+    def record_event(self):
+        return dict(self.clock)
+
+    def launch(self):
+        self.clock[self.name] += 1
+        return self.name, self.clock[self.name], dict(self.clock)
+
+
+def precedes(first, second):
+    name, count, _ = first
+    return second[2].get(name, 0) >= count
+
+
+class Launches(Scope):
+    """A scope that notes every copy and every turn, and when."""
+
+    log: ClassVar[list[tuple[str, int, int, tuple[str, int, dict[str, int]]]]] = []
+    main: ClassVar[Clocked]
+
+    def _fill(self, page, slot):
+        record = self.stream.record_event
+        self.stream.record_event = lambda: (
+            self.log.append(("copy", id(slot), page.unit.index, self.stream.launch())),
+            record(),
+        )[1]
+        super()._fill(page, slot)
+        self.stream.record_event = record
+
+    def bring_in(self, page):
+        slot = super().bring_in(page)
+        self.log.append(("turn", id(slot), page.unit.index, self.main.launch()))
+        return slot
+
+    def leave(self, slot):
+        self.log.append(("end", id(slot), -1, self.main.launch()))
+        super().leave(slot)
+
+    def close(self):
+        super().close()
+        assert self.main.clock[self.stream.name] == self.stream.clock[self.stream.name]  # joined
+
+    def _add(self, nbytes):
+        slot = super()._add(nbytes)
+        self.__dict__.setdefault("kept", []).append(slot)  # or its id would be another's
+        return slot
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 5])
+@pytest.mark.parametrize("seed", range(4))
+def test_streams_wait_for_each_other_whatever_the_order(cuda, monkeypatch, slots, seed):
+    """Every copy happens before its page's turn, and after the end of every other turn in that slot."""
+    chance = random.Random(seed)
+    model = page(make(blocks=6), {"": "cpu"}, slots=slots)
+    real = paging_of(model).pager.device
+    for _ in range(5):
+        model.order = [chance.randrange(6) for _ in range(chance.randrange(1, 9))]
+        with torch.no_grad():
+            World.capturing = False
+            paging_of(model).pager.device = real
+            for _ in range(chance.randrange(3)):
+                model(tokens())
+            pager = on_gpu(model, monkeypatch)
+            Launches.log, Launches.main = [], Clocked("main")
+            pager._graph_stream = Clocked("side")
+            monkeypatch.setattr(pager_module, "Scope", Launches)
+            current = SimpleNamespace(current_stream=lambda *_: Launches.main)
+            monkeypatch.setattr(capture_module.torch, "accelerator", current)
+            with captured():
+                model(tokens())
+        check_order(Launches.log)
+
+
+def check_order(log):
+    for number, (kind, slot, index, begin) in enumerate(log):
+        if kind != "turn":
+            continue
+        end = end_of_turn(log, number)
+        copies = [(entry[2], entry[3]) for entry in log if entry[0] == "copy" and entry[1] == slot]
+        assert [i for i, when in copies if precedes(when, begin)][-1] == index
+        assert all(precedes(when, begin) or precedes(end, when) for _, when in copies)
+
+
+def end_of_turn(log, number):
+    depth = 0
+    for kind, slot, _, when in log[number:]:
+        if slot == log[number][1] and kind != "copy":
+            depth += 1 if kind == "turn" else -1
+            if depth == 0:
+                return when
+    raise AssertionError("a turn without an end")
