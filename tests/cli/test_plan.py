@@ -13,6 +13,11 @@ from tuckaway.cli.app import app
 from tuckaway.cli.main import main
 
 
+@pytest.fixture(autouse=True)
+def _never_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUCKAWAY_CACHE", str(tmp_path / "no-speeds"))
+
+
 def run(*arguments: str) -> tuple[int, str]:
     result = CliRunner().invoke(app, ["plan", *map(str, arguments)])
     return result.exit_code, result.stdout

@@ -17,6 +17,11 @@ from tuckaway.plan.machine import Speeds
 FREE = {"reserve_bytes": 0}
 
 
+@pytest.fixture(autouse=True)
+def _never_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("TUCKAWAY_CACHE", str(tmp_path / "no-speeds"))
+
+
 @pytest.fixture
 def stack():
     with tuckaway.init_empty_weights():
