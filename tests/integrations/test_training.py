@@ -138,11 +138,14 @@ def test_training_the_base_itself_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_sft_trainer(place: str, format: str, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="TRL is not installed; it comes with tuckaway[train]")
+    import pyarrow
     from datasets import Dataset as Rows
     from trl import SFTConfig, SFTTrainer
 
     model = base(tmp_path, place, format)
-    rows = Rows.from_list([{"input_ids": Counting()[i]["input_ids"]} for i in range(32)])
+    # with a name of its own: datasets 5.2 cannot pickle some releases of pyarrow to make one
+    table = pyarrow.table({"input_ids": [Counting()[i]["input_ids"] for i in range(32)]})
+    rows = Rows(table, fingerprint="counting")
     arguments = SFTConfig(
         output_dir=str(tmp_path / "out"),
         max_steps=STEPS,
