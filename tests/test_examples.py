@@ -14,6 +14,10 @@ SHOWN = {
     "any_module.py": ["nf4: ", "relative error of the output: 0."],
     "gpt2_conv1d.py": ["Conv1D.weight [128, 384]: int8", "largest difference of a logit: 0.0"],
     "language_model.py": ["paged: {'disk': ", "the same tokens: True", "and from the saved folder: True"],
+    "lora.py": [
+        "after: The lighthouse keeper of Tuckaway keeps her lamp in the blue boathouse",
+        "answer: True",
+    ],
     "mingpt_gpt2.py": ["MB in fp32", "tokens: [1, 2, 3, "],
     "tight_memory.py": ["lm_head            disk", "bit-identical to those of the resident model: True"],
 }
@@ -26,7 +30,7 @@ def run(name: str, *arguments: str) -> str:
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=120,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -37,7 +41,9 @@ def test_no_example_is_forgotten() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(SHOWN)
 
 
-@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "lora.py")) for name in SHOWN]
+)
 def test_example_shows_what_it_says(name: str) -> None:
     printed = run(name)
     for words in SHOWN[name]:

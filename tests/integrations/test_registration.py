@@ -24,7 +24,7 @@ ORDERS = {
         "assert type(auto.__spec__.loader).__name__ == 'SourceFileLoader'"
     ),
     "nothing waits any more": (
-        "import tuckaway, sys, transformers.quantizers.auto, peft; "
+        "import tuckaway, sys, transformers.quantizers.auto, transformers.modeling_utils, peft; "
         "assert not any('tuckaway' in type(f).__module__ for f in sys.meta_path)"
     ),
 }

@@ -42,6 +42,12 @@ def _register_quantizer() -> None:
     register()
 
 
+def _adapt_models() -> None:
+    from tuckaway.integrations.transformers.device import adapt
+
+    adapt()
+
+
 def _adapt_peft() -> None:
     from tuckaway.integrations.peft import adapt
 
@@ -50,6 +56,7 @@ def _adapt_peft() -> None:
 
 _REGISTRATIONS: dict[str, Callable[[], None]] = {
     "transformers.quantizers.auto": _register_quantizer,
+    "transformers.modeling_utils": _adapt_models,
     "peft.peft_model": _adapt_peft,
 }
 """What to do once a module is complete."""

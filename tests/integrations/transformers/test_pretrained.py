@@ -40,6 +40,7 @@ def test_same_model_as_transformers_own(kind: str, format: str, place: str, tmp_
     assert torch.equal(model(tokens()).logits, expected(tokens()).logits)
     assert model.get_memory_footprint() == expected.get_memory_footprint()
     assert set(model.hf_device_map.values()) == {place}
+    assert model.device == torch.device("cpu")  # where inputs go, wherever the weights are
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
