@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 
@@ -96,6 +98,8 @@ def test_gradients_are_those_on_the_dequantized_base(bench: Bench) -> None:
 
 
 def test_saved_by_peft_and_loaded_by_peft(bench: Bench) -> None:
+    if bench.model_kind == "experts" and Version(transformers.__version__) < Version("5.4"):
+        pytest.skip("peft 0.21 renames experts' adapters with a function that transformers 5.0 has not")
     model = bench.adapted()
     before = logits(model)
     model.save_pretrained(bench.folder / "adapter")
