@@ -1,6 +1,6 @@
 """Does an adapter on a quantized base learn as it does on the same base dequantized? Two losses a step.
 
-    python -m benchmarks.lora                                   # SmolLM2-135M, nf4 and int8, 100 steps each
+    python -m benchmarks.lora --picture docs/pictures/lora.svg  # SmolLM2-135M, nf4 and int8, 100 steps each
     python -m benchmarks.lora --steps 20 --context 32 --format nf4
 
 Both runs have the same weights (those of the quantized base), the same adapter to begin with, and see the same text in
@@ -78,6 +78,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
         'font-size="12" fill="#57606a"><rect width="100%" height="100%" fill="white"/>'
+        "<title>Loss by step of adapters on quantized bases and on the same bases dequantized</title>"
     ]
     for step in range(5):
         value = low + (high - low) * step / 4
