@@ -97,11 +97,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
         parts.append(
             f'<polyline points="{points}" fill="none" stroke="{colours.get(name, "#1a7f37")}" {style}/>'
         )
-    x = left
-    for name in results:
-        label = f"{name}, thin: quantized base, wide: the same dequantized"
-        parts.append(f'<text x="{x}" y="{height - 12}" fill="{colours.get(name, "#1a7f37")}">{label}</text>')
-        x += 290
+    for number, name in enumerate(results):
+        colour = colours.get(name, "#1a7f37")
+        parts.append(f'<text x="{left + 50 * number}" y="{height - 12}" fill="{colour}">{name}</text>')
+    legend = "thin: quantized base; wide: the same dequantized; loss by step"
+    parts.append(f'<text x="{left + 50 * len(results) + 10}" y="{height - 12}">{legend}</text>')
     path.write_text("".join(parts) + "</svg>\n")
 
 
