@@ -166,3 +166,10 @@ def test_prepared_for_training(place: str, dtype: torch.dtype, tmp_path: Path) -
     model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     gradients = train_a_step(model)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_transformers_own_loading_of_adapters_is_refused_on_pages(tmp_path: Path) -> None:
+    bench = Bench("lora", "nf4", "paged", tmp_path)
+    bench.adapted().save_pretrained(tmp_path / "adapter")
+    with pytest.raises(tuckaway.PagingError, match=r"PeftModel\.from_pretrained"):
+        bench.base().load_adapter(str(tmp_path / "adapter"))
