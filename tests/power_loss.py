@@ -90,6 +90,17 @@ class Disk:
         self.pending.append(tuple((os.stat(p.parent).st_ino, p.name, inode) for p, inode in changes))
         self.remember()
 
+    def discover(self, folder: Path | None = None) -> None:
+        """Take the files that were made since the last call."""
+        for entry in os.scandir(folder or self.root):
+            inode, path = entry.inode(), Path(entry.path)
+            if entry.is_dir():
+                self.discover(path)
+            elif self.where.get(inode) != path:
+                self.synced.pop(inode, None)  # the number of a file that is gone
+                self.where[inode] = path
+                self.change((path, inode))
+
     def sync(self, fd: int) -> None:
         """Take an ``fsync``."""
         inode = os.fstat(fd).st_ino
@@ -108,26 +119,16 @@ class Disk:
     def watched(self) -> Iterator[None]:
         """Record what the block does below the folder."""
         real = {
-            name: getattr(os, name)
-            for name in ("open", "fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
+            name: getattr(os, name) for name in ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
         }
 
-        def opened(path, flags, *rest, **more):
-            inside = self._inside(path) if flags & os.O_CREAT else None
-            fresh = inside is not None and not inside.exists()
-            fd = real["open"](path, flags, *rest, **more)
-            if fresh:
-                inode = os.fstat(fd).st_ino
-                self.synced.pop(inode, None)  # the number of a file that is gone
-                self.where[inode] = inside
-                self.change((inside, inode))
-            return fd
-
         def fsync(fd):
+            self.discover()
             real["fsync"](fd)
             self.sync(fd)
 
         def renamed(source, target, **more):
+            self.discover()
             inside = self._inside(source)
             inode = os.stat(source).st_ino
             real["replace"](source, target, **more)
@@ -140,6 +141,7 @@ class Disk:
 
         def removed(call):
             def remove(path, **more):
+                self.discover()
                 inside = self._inside(path)
                 real[call](path, **more)
                 if inside is not None and not more:
@@ -154,7 +156,6 @@ class Disk:
                 self.change((inside, os.stat(inside).st_ino))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(os, "open", opened)
             patch.setattr(os, "fsync", fsync)
             patch.setattr(os, "replace", renamed)
             patch.setattr(os, "rename", renamed)

@@ -113,14 +113,16 @@ class CheckpointWriter:
         layouts = plan_shards(specs, self._max_bytes, self.metadata)
         self._made_folder = not files.exists(self.directory)
         files.make_folder(self.directory)
-        lock = files.FolderLock(self.directory / _LOCK)
-        if not lock.acquire():
+        self._lock = files.FolderLock(
+            self.directory / _LOCK
+        )  # before it is taken: an interrupt may come right behind
+        if not self._lock.acquire():
+            self._lock = None
             raise StoreBusy(
                 "another process writes a checkpoint to this folder",
                 where=self.directory,
                 hint="wait for it to end, or choose another folder",
             )
-        self._lock = lock
         try:
             files.reap(self.directory)
             files.require_space(self.directory, sum(layout.nbytes for layout in layouts))

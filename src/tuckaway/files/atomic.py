@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import secrets
 import socket
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import psutil
 
+from tuckaway.errors import StoreError
 from tuckaway.files import system
 from tuckaway.files.lock import try_lock
 from tuckaway.files.system import (
@@ -64,17 +67,24 @@ class AtomicFile:
         stem = os.fsdecode(os.fsencode(self.path.name)[:150])  # names end at 255 bytes; a temp adds up to 50
         self.temp = self.path.with_name(f".{stem}.{_HOST}-{os.getpid()}-{secrets.token_hex(6)}.tmp")
         self._end = 0
-        with typed("create it", self.temp):
-            self._fd = os.open(self.temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | FLAGS, 0o666)
+        self._file: io.FileIO | None = None
         _in_use.add(self.temp)
         try:
+            with typed("create it", self.temp):
+                # closes itself: an interrupt between this call and its assignment leaves no descriptor open
+                self._file = io.FileIO(self.temp, "x+")
             with typed("lock it", self.temp):
                 try_lock(self._fd)
             if nbytes is not None:
                 reserve(self._fd, nbytes, self.temp)
         except BaseException:
-            self.discard()
+            with suppress(StoreError):  # what cannot be removed is left to :func:`reap`
+                self.discard()
             raise
+
+    @property
+    def _fd(self) -> int:
+        return -1 if self._file is None else self._file.fileno()
 
     def write(self, data: Any) -> None:
         """Append a contiguous buffer's bytes to what :meth:`write` wrote before."""
@@ -86,10 +96,9 @@ class AtomicFile:
 
     def finish(self) -> None:
         """Bring every byte to the disk and close; only :meth:`commit` and :meth:`discard` may follow."""
-        if self._fd >= 0:
+        if self._file is not None:
             system.sync(self._fd, self.temp)
-            fd, self._fd = self._fd, -1
-            close(fd)
+            self._close()
 
     def commit(self, *, sync: bool = True) -> None:
         """Finish, and give the file its name.
@@ -106,10 +115,13 @@ class AtomicFile:
     def discard(self) -> None:
         """Close and remove the temp; nothing happens after a commit."""
         _in_use.discard(self.temp)  # what cannot be removed is left to :func:`reap`
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            close(fd)
+        self._close()
         remove(self.temp)
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            close(file)
 
     def __enter__(self) -> AtomicFile:
         return self

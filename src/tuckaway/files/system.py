@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 import threading
@@ -204,13 +205,16 @@ def remove(path: PathLike) -> bool:
         return True
 
 
-def close(fd: int) -> None:
-    """Close a descriptor; it is closed even where the system reports a failure.
+def close(opened: int | io.FileIO) -> None:
+    """Close a file; it is closed even where the system reports a failure.
 
     That can only concern writes that were not synced, and whoever needs his writes has synced them.
     """
     with contextlib.suppress(OSError):
-        os.close(fd)
+        if isinstance(opened, int):
+            os.close(opened)
+        else:
+            opened.close()
 
 
 def exists(path: PathLike) -> bool:

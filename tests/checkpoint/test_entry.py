@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from tuckaway.checkpoint.entry import open_regular, reading
+from tuckaway.checkpoint.header import MAX_HEADER
+from tuckaway.checkpoint.index import find_weights, parse_index, read_index
+from tuckaway.checkpoint.seal import seal, sealed_index
+from tuckaway.errors import CheckpointError, CheckpointNotFound, ShardIndexError, UnsafePathError
+
+
+def test_what_the_system_refuses_is_typed():
+    for error, kind in (
+        (FileNotFoundError(errno.ENOENT, "no"), CheckpointNotFound),
+        (OSError(errno.EIO, "io"), CheckpointError),
+        (OSError("no number"), CheckpointError),
+        (UnsafePathError("mine"), UnsafePathError),
+    ):
+        with pytest.raises(kind) as caught, reading("file"):
+            raise error
+        assert caught.value is error or caught.value.__cause__ is error
+
+
+def test_a_file_that_becomes_a_pipe_between_two_looks(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.stat(tmp_path / "pipe")
+    monkeypatch.setattr(os, "fstat", lambda fd: pipe)
+    with pytest.raises(UnsafePathError, match="not a regular file"):
+        open_regular(path)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="cannot open it"):
+        open_regular(tmp_path / "a\0b")
+
+
+def test_an_index_longer_than_a_header_may_be(tmp_path):
+    path = tmp_path / "model.safetensors.index.json"
+    with path.open("wb") as file:
+        file.truncate(MAX_HEADER + 1)
+    with pytest.raises(ShardIndexError, match="longer than"):
+        read_index(path)
+
+
+def test_an_index_that_cannot_be_read(tmp_path, monkeypatch):
+    from tuckaway import files
+    from tuckaway.errors import StoreError
+
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text("{}")
+
+    def fail(*arguments):
+        raise StoreError("cannot read: Input/output error")
+
+    monkeypatch.setattr(files, "read_at", fail)
+    with pytest.raises(CheckpointError, match="cannot read the index"):
+        read_index(path)
+    with pytest.raises(CheckpointError, match="cannot list"):
+        find_weights(tmp_path / "missing")
+    assert parse_index(b'{"weight_map": {}, "metadata": 7}', path) == ({}, {})
+
+
+def test_only_what_was_planned_with_a_place_is_sealed():
+    with pytest.raises(ValueError, match="without checksums"):
+        seal(b"{}", [])
+    with pytest.raises(ValueError, match="without a checksum"):
+        sealed_index(b"{}")
