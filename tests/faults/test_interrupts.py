@@ -1,4 +1,4 @@
-"""Ctrl-C at random moments of loads, fills, forward passes and saves ends them with KeyboardInterrupt, cleanly."""
+"""Ctrl-C at random moments of loads, fills, saves and conversions ends them with KeyboardInterrupt, cleanly."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ import gc, os, random, signal, sys, threading, traceback, torch
 torch.set_num_threads(1)
 from pathlib import Path
 import generations, tuckaway
-from loading import FP32, empty_net, tokens
+from loading import FP32, empty_net
 
 folder = Path(sys.argv[1])
 PLACES = {"": "cpu", "layers": "disk"}
@@ -35,12 +35,8 @@ def load(number):
     tuckaway.load_and_quantize_model(empty_net(), FP32, folder / "checkpoint")
 
 def fill(number):
-    model = tuckaway.load_and_quantize_model(
+    tuckaway.load_and_quantize_model(
         empty_net(), FP32, folder / "checkpoint", device_map=PLACES, offload_folder=folder / f"store-{number}")
-    with torch.no_grad():
-        for _ in range(3):
-            model(tokens())
-    tuckaway.materialize(model)
 
 def save(number):
     generations.save(folder / "saved", number, random.choice([generations.ONE_FILE, generations.TWO_SHARDS]))
