@@ -61,6 +61,9 @@ for line in sys.stdin:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 error = None
             gc.collect()
+            for thread in threading.enumerate():  # an interrupt may end the wait for them, not them
+                if thread is not threading.main_thread():
+                    thread.join(10)
             after = len(os.listdir("/proc/self/fd"))
             alive = [t.name for t in threading.enumerate() if t is not threading.main_thread()]
             code = 40
