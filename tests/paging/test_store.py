@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import torch
 
 from tuckaway.errors import ChecksumError, StoreBusy, StoreCorrupt, StoreError, StoreFull, StoreStale
 from tuckaway.paging import store as module
+from tuckaway.paging.manifest import read_manifest
 from tuckaway.paging.page import EXTENT, PageLayout
 from tuckaway.paging.store import Store
 
@@ -199,14 +201,35 @@ def test_an_unreadable_manifest_is_an_error(folder, damage):
 
 
 @pytest.mark.parametrize(
-    "change", [{"checksums": None}, {"checksums": [[1]]}, {"nbytes": 5}, {"nbytes": "x"}]
+    "change",
+    [{"nbytes": 4 * EXTENT}, {"starts": (0, 0, EXTENT), "cell": 2 * EXTENT, "checksums": ((), (1,), (2,))}],
 )
-def test_a_manifest_that_lies_is_an_error(folder, change):
+def test_a_manifest_of_other_pages_is_an_error(folder, change):
     committed(folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, **change}))
-    with pytest.raises(StoreCorrupt, match="manifest"):
+    manifest = read_manifest(folder)
+    (folder / "manifest.json").write_bytes(dataclasses.replace(manifest, **change).text())
+    with pytest.raises(StoreCorrupt, match="manifest describes other pages"):
         Store.open_or_create(folder, LAYOUTS, "model")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "pages.bin"])
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_pipe_in_a_files_place_is_an_error_at_once(folder, name):
+    committed(folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(StoreCorrupt, match="not a regular file"):
+        Store.open_or_create(folder, LAYOUTS, "model")
+
+
+def test_a_manifest_of_another_version_is_refused_and_stays(folder):
+    committed(folder)
+    old = json.dumps({"about": "tuckaway pages", "version": 2, "fingerprint": "once-" + "0" * 64})
+    (folder / "manifest.json").write_text(old)
+    with pytest.raises(StoreStale, match="in format 2 instead of 3"):
+        Store.open_or_create(folder, LAYOUTS, "model")
+    assert (folder / "manifest.json").read_text() == old
+    assert (folder / "pages.bin").stat().st_size == 3 * EXTENT
 
 
 def test_a_short_or_missing_file_is_found_on_opening(folder):

@@ -19,7 +19,7 @@ import torch
 from tuckaway import files
 from tuckaway.checkpoint.entry import FileIdentity, TensorEntry, open_regular, reading
 from tuckaway.checkpoint.seal import verified
-from tuckaway.errors import CheckpointError, HeaderError, StoreError, TruncatedError
+from tuckaway.errors import CheckpointError, HeaderError, StoreError, TruncatedError, TuckawayError
 
 __all__ = ["DTYPES", "MAX_HEADER", "Header", "header_length", "loads_strictly", "parse_header", "read_header"]
 
@@ -190,8 +190,9 @@ def loads_strictly(
     path: Path,
     *,
     offset: int = 0,
-    error: type[CheckpointError] = HeaderError,
+    error: type[TuckawayError] = HeaderError,
     floats: bool = False,
+    hint: str = _AGAIN,
 ) -> dict[str, Any]:
     """Parse a JSON object in UTF-8 whose keys are unique and whose numbers are natural.
 
@@ -201,8 +202,9 @@ def loads_strictly(
         offset: byte of the file that ``text`` starts at, for messages.
         error: what to raise.
         floats: allow any number.
+        hint: what the error's reader can do.
     """
-    with _positions(text, path, offset, error):
+    with _positions(text, path, offset, error, hint):
         if not floats and not text.startswith(b"{"):
             raise ValueError("it does not start with '{'")
         decoded = text.decode("utf-8")
@@ -224,7 +226,7 @@ def loads_strictly(
 
 
 @contextmanager
-def _positions(text: bytes, path: Path, offset: int, kind: type[CheckpointError]) -> Iterator[None]:
+def _positions(text: bytes, path: Path, offset: int, kind: type[TuckawayError], hint: str) -> Iterator[None]:
     """Turn what a parser raises into ``kind`` with the file and, where known, the byte."""
     at: int | None = None
     cause: Exception
@@ -247,7 +249,7 @@ def _positions(text: bytes, path: Path, offset: int, kind: type[CheckpointError]
             "the JSON is nested too deep" if isinstance(error, RecursionError) else f"invalid JSON: {error}"
         )
     where = path if at is None else f"{path}, byte {offset + at}"
-    raise kind(what, where=where, hint=_AGAIN) from cause
+    raise kind(what, where=where, hint=hint) from cause
 
 
 def _entries(

@@ -25,7 +25,16 @@ from tuckaway import files
 from tuckaway.checkpoint.entry import TensorEntry
 from tuckaway.errors import ChecksumError
 
-__all__ = ["INDEX_PLACEHOLDER", "check_index", "is_sealed", "placeholder", "seal", "sealed_index", "verified"]
+__all__ = [
+    "INDEX_PLACEHOLDER",
+    "check_index",
+    "is_intact",
+    "is_sealed",
+    "placeholder",
+    "seal",
+    "sealed_index",
+    "verified",
+]
 
 _ALGORITHM_KEY, _SUMS_KEY = "tuckaway.checksums", "tuckaway.crc32"
 _ALGORITHM = "crc32"
@@ -97,7 +106,7 @@ def verified(
 
 
 def sealed_index(text: bytes) -> bytes:
-    """Fill its checksum into an index that was made with :data:`INDEX_PLACEHOLDER` in its metadata."""
+    """Fill its checksum into an index, or another JSON text, that was made with :data:`INDEX_PLACEHOLDER` in it."""
     place = _place_of(text)
     if place is None:
         raise ValueError("the index was made without a checksum")
@@ -116,12 +125,29 @@ def check_index(text: bytes, metadata: dict[str, object], path: Path, *, verify:
     Raises:
         ChecksumError: the index is not what was written.
     """
-    algorithm, recorded = metadata.pop(_ALGORITHM_KEY, None), metadata.pop(_SUMS_KEY, None)
-    if not verify or not _KEYS.search(text):  # looked for in the text: "metadata" may be what was damaged
-        return
-    place = _place_of(text)
-    if algorithm != _ALGORITHM or place is None or recorded != f"{files.crc32(_without(text, place)):08x}":
+    if is_intact(text, metadata) is False and verify:
         raise ChecksumError("the index differs from its checksum", where=path, hint=_AGAIN)
+
+
+def is_intact(text: bytes, metadata: dict[str, object]) -> bool | None:
+    """Compare a JSON text with the checksum in it, and take that out of ``metadata``.
+
+    Args:
+        text: what :func:`sealed_index` returned, or a stranger's.
+        metadata: the object of it that had :data:`INDEX_PLACEHOLDER`; changed.
+
+    Returns:
+        ``None``: it has no checksum, and no trace of one.
+    """
+    algorithm, recorded = metadata.pop(_ALGORITHM_KEY, None), metadata.pop(_SUMS_KEY, None)
+    if not _KEYS.search(text):  # looked for in the text: "metadata" may be what was damaged
+        return None
+    place = _place_of(text)
+    return (
+        algorithm == _ALGORITHM
+        and place is not None
+        and recorded == f"{files.crc32(_without(text, place)):08x}"
+    )
 
 
 def _place_of(text: bytes) -> int | None:

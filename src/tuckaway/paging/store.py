@@ -4,39 +4,41 @@
 
     offload folder/
         pages.bin        every page at a multiple of 4096 bytes, its tensors where the PageLayout has them
-        manifest.json    version, fingerprint, size, CRC-32 of every cell; written last, atomically
+        manifest.json    version, fingerprint, sizes, CRC-32 of every cell and of itself; written last, atomically
         tuckaway.lock    held while a process uses the folder: alone while writing, shared while reading
 
 A store without a manifest is what a crash left behind: it is written anew. A store of the same fingerprint is used
-as it is, a store of another one is never touched.
+as it is, a store of another one, or of another version of tuckaway, is never touched.
+
+The checksums cover a page up to its ``nbytes``, with the zeros between components. The rest of its last 4096 bytes is
+nobody's: no component is made of it, whatever is there.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tuckaway import files
-from tuckaway.errors import StoreBusy, StoreCorrupt, StoreError
-from tuckaway.paging.checksums import CELL, PageSums, cells
+from tuckaway.checkpoint.entry import open_regular
+from tuckaway.errors import CheckpointError, StoreBusy, StoreCorrupt, StoreError
+from tuckaway.paging.checksums import CELL, PageSums
 from tuckaway.paging.fill import Fill
 from tuckaway.paging.manifest import (
     ANOTHER,
     MANIFEST,
     REMOVE,
-    VERSION,
+    Manifest,
     fingerprint_of,
     read_manifest,
     refuse_foreign,
 )
-from tuckaway.paging.page import EXTENT, PageItem, PageLayout
+from tuckaway.paging.page import PageItem, PageLayout
 from tuckaway.paging.reading import CellReader, byte_view
 from tuckaway.paging.threads import Threads, reading_thread_count
 
@@ -94,7 +96,7 @@ class Store:
 
         Raises:
             StoreBusy: another process uses the folder.
-            StoreStale: the folder holds another model's pages, or accelerate's.
+            StoreStale: the folder holds another model's pages, another version's, or accelerate's.
             StoreFull: the pages do not fit on the disk.
             StoreCorrupt: the store is this one, and damaged.
             StoreError: the folder cannot be written to.
@@ -109,7 +111,7 @@ class Store:
             if not alone and not lock.acquire(shared=True):
                 raise StoreBusy("another process is writing to the offload folder", where=path, hint=ANOTHER)
             manifest = read_manifest(path)
-            if manifest is not None and manifest.get("fingerprint") == store.fingerprint:
+            if manifest is not None and manifest.fingerprint == store.fingerprint:
                 store._reopen(manifest)
                 lock.acquire(shared=True)
             elif not alone:
@@ -126,36 +128,21 @@ class Store:
             raise
         return store
 
-    def _reopen(self, manifest: dict[str, Any]) -> None:
-        try:
-            checksums = [[int(c) for c in page] for page in manifest["checksums"]]
-            cell = int(manifest["cell"])
-            sound = (
-                int(manifest["nbytes"]) == self.nbytes
-                and manifest["checksum"] == "crc32"
-                and cell > 0
-                and cell % EXTENT == 0
-                and [len(c) for c in checksums]
-                == [len(cells(layout.nbytes, cell)) for layout in self.layouts]
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreCorrupt(
-                f"unreadable manifest: {error!r}", where=self.folder / MANIFEST, hint=REMOVE
-            ) from error
-        if not sound:
+    def _reopen(self, manifest: Manifest) -> None:
+        if (manifest.nbytes, manifest.starts) != (self.nbytes, tuple(self._starts)):
             raise StoreCorrupt(
                 "the manifest describes other pages", where=self.folder / MANIFEST, hint=REMOVE
             )
         try:
-            self._fd = os.open(self.path, os.O_RDONLY | _FLAGS)
-        except OSError as error:
+            self._fd = open_regular(self.path)
+        except CheckpointError as error:
             raise StoreCorrupt(
-                f"cannot open the pages: {error.strerror}", where=self.path, hint=REMOVE
+                f"cannot open the pages: {error.what}", where=self.path, hint=REMOVE
             ) from error
         size = files.status(self._fd, self.path).st_size
         if size != self.nbytes:
             raise StoreCorrupt(f"{size} bytes instead of {self.nbytes}", where=self.path, hint=REMOVE)
-        self._reader = self._readable(checksums, cell)
+        self._reader = self._readable([list(page) for page in manifest.checksums], manifest.cell)
         self.reusable = True
 
     def _readable(self, checksums: list[list[int]], cell: int) -> CellReader:
@@ -210,21 +197,18 @@ class Store:
                 name, done, nbytes = missing
                 raise StoreError(f"{name!r} was not written: {done} of {nbytes} bytes", where=self.path)
         checksums = [sums.finish() for sums in self._sums]
-        content = {
-            "about": "tuckaway pages",
-            "version": VERSION,
-            "fingerprint": self.fingerprint,
-            "nbytes": self.nbytes,
-            "starts": self._starts,
-            "checksum": "crc32",
-            "cell": CELL,
-            "checksums": checksums,
-        }
+        manifest = Manifest(
+            self.fingerprint,
+            self.nbytes,
+            tuple(self._starts),
+            CELL,
+            tuple(tuple(page) for page in checksums),
+        )
         files.sync(self._fd, self.path)
         files.sync_folder(
             self.folder
         )  # before the manifest: after a power loss it must not be there without the pages
-        files.write_atomically(self.folder / MANIFEST, json.dumps(content).encode())
+        files.write_atomically(self.folder / MANIFEST, manifest.text())
         self._reader = self._readable(checksums, CELL)
         self.reusable = True
         self._sums.clear()
