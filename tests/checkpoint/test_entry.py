@@ -3,9 +3,18 @@ from __future__ import annotations
 import errno
 import os
 
+import psutil
 import pytest
+import torch
 
-from tuckaway.checkpoint.entry import open_regular, reading
+from tuckaway.checkpoint.entry import (
+    FileIdentity,
+    ResidentEntry,
+    StridedEntry,
+    TensorEntry,
+    open_regular,
+    reading,
+)
 from tuckaway.checkpoint.header import MAX_HEADER
 from tuckaway.checkpoint.index import find_weights, parse_index, read_index
 from tuckaway.checkpoint.seal import seal, sealed_index
@@ -68,3 +77,33 @@ def test_only_what_was_planned_with_a_place_is_sealed():
         seal(b"{}", [])
     with pytest.raises(ValueError, match="without a checksum"):
         sealed_index(b"{}")
+
+
+def test_entries_are_equal_wherever_their_files_came_from(tmp_path):
+    path = tmp_path / "x"
+    one = TensorEntry("a", torch.float32, (2,), path, 8, 8)
+    other = TensorEntry("a", torch.float32, (2,), path, 8, 8, FileIdentity(1, 2, 3, 4), crc32=5)
+    assert one == other
+    assert "identity" not in repr(other)
+    assert "crc32" not in repr(other)
+    with pytest.raises(TypeError):
+        TensorEntry("a", torch.float32, (2,), path, 8, 8, None, 5)
+    strided = StridedEntry("a", torch.float32, (2,), path, 8, 8)
+    assert (strided.stride, strided.span) == ((), 0)
+    held = ResidentEntry("a", torch.float32, (2,), path, 8, 8, data=torch.ones(2))
+    assert held == ResidentEntry("a", torch.float32, (2,), path, 8, 8)
+    assert ResidentEntry("a", torch.float32, (0,), path, 8, 0).data.numel() == 0
+    assert "data" not in repr(held)
+
+
+def test_what_is_refused_is_closed(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.stat(tmp_path / "pipe")
+    before = psutil.Process().num_fds()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", lambda fd: pipe)
+        with pytest.raises(UnsafePathError):
+            open_regular(path)
+    assert psutil.Process().num_fds() == before

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import psutil
 import pytest
 import safetensors
 import torch
@@ -15,10 +17,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tuckaway.checkpoint.entry import FileIdentity
-from tuckaway.checkpoint.header import DTYPES, MAX_HEADER, parse_header, read_header
+from tuckaway.checkpoint.header import DTYPES, MAX_HEADER, header_length, parse_header, read_header
 from tuckaway.errors import (
     CheckpointError,
     CheckpointNotFound,
+    ChecksumError,
     HeaderError,
     TruncatedError,
     UnsafePathError,
@@ -158,12 +161,85 @@ def test_broken_headers_are_refused_with_file_and_reason(read, header, message):
         b'{"a":{"dtype":"U8","shape":[1],"shape":[1],"data_offsets":[0,1]}}',
         b'{"__metadata__":{"k":"v","k":"w"},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
         b'{"__metadata__":{},"__metadata__":{},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+        '{"é":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":5,"é":{}}'.encode(),
     ],
 )
 def test_names_that_occur_twice_are_refused(read, text):
-    with pytest.raises(HeaderError, match="occurs twice") as caught:
+    with pytest.raises(HeaderError, match=r"the name '.*' occurs twice") as caught:
         read(build(text, b"\0"))
-    assert "byte " in str(caught.value)
+    name = str(caught.value).split("'")[1]
+    again = text.rindex(f'"{name}"'.encode())
+    assert text.count(f'"{name}"'.encode()) == 2
+    assert f"byte {8 + again})" in str(caught.value)
+
+
+def test_the_place_of_bad_json_is_counted_in_bytes(read):
+    text = '{"é":5,}'.encode()
+    with pytest.raises(HeaderError, match=rf"invalid JSON: [a-z].*byte {8 + text.index(b'}')}\)"):
+        read(build(text))
+    with pytest.raises(HeaderError, match=r"not UTF-8.*byte 13\)"):
+        read(build(b'{"a":\xff}'))
+
+
+def test_numbers_of_twenty_digits_are_read_and_longer_ones_are_not(read):
+    for literal, message in (
+        ("9" * 20, "too big"),
+        ("0" * 21, "not allowed|invalid JSON"),
+        ("1" + "0" * 20, "not allowed"),
+    ):
+        with pytest.raises(HeaderError, match=message):
+            read(
+                build(b'{"a":{"dtype":"U8","shape":[' + literal.encode() + b'],"data_offsets":[0,1]}}', b"\0")
+            )
+
+
+def test_lengths_at_the_limits(tmp_path):
+    path = tmp_path / "m.safetensors"
+    assert header_length((92).to_bytes(8, "little"), 100, path) == 92
+    assert header_length(MAX_HEADER.to_bytes(8, "little"), MAX_HEADER + 8, path) == MAX_HEADER
+    with pytest.raises(TruncatedError, match="101 bytes expected, 100 found"):
+        header_length((93).to_bytes(8, "little"), 100, path)
+    with pytest.raises(HeaderError, match="byte 0"):
+        header_length((MAX_HEADER + 1).to_bytes(8, "little"), 2 * MAX_HEADER, path)
+
+
+def test_errors_name_the_tensor_the_byte_and_what_was_found(read):
+    for header, message in (
+        ({"a": tensor(0, 4), "b": tensor(2, 6)}, r"'b' overlaps.*byte {}"),
+        ({"a": tensor(0, 4), "b": tensor(6, 10)}, r"'b' leaves a hole.*byte {}"),
+        (
+            {"a": tensor(0, 4), "b": tensor(4, 6, [3])},
+            r"'b' has 2 bytes where its shape and dtype make 3.*byte {}",
+        ),
+    ):
+        whole = build(header, bytes(10))
+        byte = len(whole) - 10 + header["b"]["data_offsets"][0]
+        with pytest.raises(HeaderError, match=message.format(byte) + r"\b"):
+            read(whole)
+    with pytest.raises(TruncatedError, match=r"its tensors do: \d+ bytes expected"):
+        read(build({"a": tensor(0, 4)}, bytes(3)))
+
+
+def test_the_seal_is_believed_when_it_is_not_to_be_compared(tmp_path):
+    path = tmp_path / "m.safetensors"
+    metadata = {"tuckaway.checksums": "crc32", "tuckaway.crc32": "00000000 00000000", "k": "v"}
+    path.write_bytes(build({"__metadata__": metadata, "a": tensor(0, 1)}, b"\0"))
+    with pytest.raises(ChecksumError):
+        read_header(path)
+    header = read_header(path, verify=False)
+    assert header.metadata == {"k": "v"}
+    assert header.identity.size == path.stat().st_size
+
+
+def test_no_descriptor_stays_open(tmp_path):
+    path = tmp_path / "m.safetensors"
+    process = psutil.Process()
+    for content in (build(VALID, bytes(10)), build({}, length=99)):
+        path.write_bytes(content)
+        before = process.num_fds()
+        with contextlib.suppress(TruncatedError):
+            read_header(path)
+        assert process.num_fds() == before
 
 
 @pytest.mark.parametrize("length", [2**64 - 1, 2**63, MAX_HEADER + 1])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -263,3 +264,31 @@ def test_a_folder_without_a_clear_choice(tmp_path, names, message):
         (tmp_path / name).touch()
     with pytest.raises(CheckpointNotFound, match=message):
         find_weights(tmp_path)
+
+
+def test_the_shards_of_pickles_are_known_as_such(tmp_path):
+    (tmp_path / "x.bin").write_bytes(b"")
+    assert read_index(write_index(tmp_path, {"a": "x.bin"}, "pytorch_model.bin.index.json")).pickled
+    assert not read_index(write_index(tmp_path, {})).pickled
+
+
+def test_names_of_shards_that_are_not_there_yet_are_checked_too(tmp_path):
+    with pytest.raises(UnsafePathError):
+        shard_names(write_index(tmp_path, {"a": "../x.safetensors"}))
+    with pytest.raises(UnsafeFormatError):
+        shard_names(write_index(tmp_path, {"a": "x.bin"}))
+    with pytest.raises(UnsafeFormatError, match="mixes"):
+        shard_names(
+            write_index(tmp_path, {"a": "x.bin", "b": "x.safetensors"}, "pytorch_model.bin.index.json")
+        )
+    names = {str(number): f"{number}.safetensors" for number in (2, 1, 3)}
+    assert shard_names(write_index(tmp_path, names)) == ["1.safetensors", "2.safetensors", "3.safetensors"]
+
+
+def test_an_index_is_closed_whatever_it_holds(sharded):
+    before = psutil.Process().num_fds()
+    read_index(sharded / INDEX)
+    os.truncate(sharded / INDEX, 1 << 30)
+    with pytest.raises(ShardIndexError):
+        read_index(sharded / INDEX)
+    assert psutil.Process().num_fds() == before

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 import threading
 
+import psutil
 import pytest
 
 from tuckaway import files
@@ -119,10 +121,51 @@ def test_reap_leaves_what_somebody_holds_a_lock_on(tmp_path):
     held = tmp_path / temp_name(dead_process())
     with held.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        opened = psutil.Process().num_fds()
         assert files.reap(tmp_path) == ()
+        assert psutil.Process().num_fds() == opened
     assert files.reap(tmp_path) == (held,)
+    assert psutil.Process().num_fds() == opened - 1
 
 
 def test_reap_of_no_folder(tmp_path):
     with pytest.raises(StoreError):
         files.reap(tmp_path / "missing")
+
+
+def test_what_ended_is_remembered_no_longer(tmp_path):
+    before = set(atomic._in_use)
+    with files.AtomicFile(tmp_path / "x") as file:
+        assert atomic._in_use == {*before, file.temp}
+        assert not atomic._is_unlocked(file.temp)
+        file.commit()
+        assert atomic._in_use == before
+    with files.AtomicFile(tmp_path / "y"):
+        pass
+    assert atomic._in_use == before
+
+
+def test_a_temp_in_use_stays_where_there_are_no_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr("tuckaway.files.lock._HAS_FLOCK", False)
+    with files.AtomicFile(tmp_path / "x") as file:
+        assert files.reap(tmp_path) == ()
+        assert file.temp.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_reap_does_not_wait_for_a_pipe(tmp_path):
+    pipe = tmp_path / temp_name(dead_process())
+    os.mkfifo(pipe)
+    assert files.reap(tmp_path) == (pipe,)
+
+
+def test_a_commit_syncs_the_file_and_then_its_folder(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (synced.append(stat.S_ISDIR(os.fstat(fd).st_mode)), fsync(fd))
+    )
+    files.write_atomically(tmp_path / "x", b"1")
+    assert synced == [False, True]
+    with files.AtomicFile(tmp_path / "x") as file:
+        file.commit(sync=False)
+    assert synced == [False, True, False]

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
 
+import psutil
 import pytest
 
 from tuckaway import files
@@ -98,5 +100,30 @@ def test_many_threads_never_hold_it_together(tmp_path):
 
 def test_where_there_are_no_locks_every_one_is_granted(tmp_path, monkeypatch):
     monkeypatch.setattr("tuckaway.files.lock._HAS_FLOCK", False)
-    with files.FolderLock(tmp_path / "lock"), files.FolderLock(tmp_path / "lock"):
-        pass
+    with files.FolderLock(tmp_path / "lock"):
+        with files.FolderLock(tmp_path / "lock"):
+            pass
+        assert (tmp_path / "lock").exists()  # nobody knows who else has it
+
+
+def test_a_lock_file_that_was_removed_is_made_again(tmp_path):
+    path = tmp_path / "lock"
+    first, second = files.FolderLock(path), files.FolderLock(path)
+    umask = os.umask(0)
+    try:
+        assert first.acquire()
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666
+    path.unlink()
+    assert second.acquire()
+    assert not first.acquire()
+    first.release()
+    assert path.exists()
+    assert not files.FolderLock(path).acquire()
+    path.unlink()
+    assert second.acquire()
+    assert path.exists()
+    before = psutil.Process().num_fds()
+    second.release()
+    assert psutil.Process().num_fds() == before - 1

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import resource
+import shutil
 import stat
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
 from tuckaway import files
 from tuckaway.errors import StoreError, StoreFull
@@ -156,3 +160,67 @@ def test_a_forgotten_file_is_read_again(tmp_path):
     assert path.read_bytes() == b"x" * 10_000
     with pytest.raises(StoreError, match="cannot open it"):
         files.forget(tmp_path / "missing")
+
+
+def test_no_call_moves_more_than_a_gibibyte(opened, monkeypatch):
+    moved: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: moved.append((at, len(data))) or len(data))
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, views, at: moved.append((at, len(views[0]))) or len(views[0])
+    )
+    with mmap.mmap(-1, (1 << 30) + 5) as memory:  # never touched: it takes no memory
+        assert files.write_at(opened, memory, 7) == len(memory)
+        with memoryview(memory) as view:
+            assert files.read_at(opened, view, 7) == len(memory)
+    assert moved == [(7, 1 << 30), ((1 << 30) + 7, 5)] * 2
+
+
+def test_short_calls_without_pread_are_continued(opened, monkeypatch):
+    for name in ("pwrite", "preadv", "readv"):
+        monkeypatch.delattr(os, name)
+    read, write, asked = os.read, os.write, []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda fd, data: write(fd, data[:2]))
+        patch.setattr(os, "read", lambda fd, count: read(fd, min(count, 3)))
+        files.write_at(opened, b"0123456789", 4)
+        view = bytearray(8)
+        assert files.read_at(opened, memoryview(view), 5) == 8
+        assert bytes(view) == b"12345678"
+    files.reserve(opened, 5 << 20)
+    monkeypatch.setattr(os, "read", lambda fd, count: asked.append(count) or read(fd, count))
+    assert files.read_at(opened, memoryview(bytearray(5 << 20)), 0) == 5 << 20
+    assert asked == [4 << 20, 1 << 20]
+
+
+def test_a_buffer_of_no_element_is_written_as_nothing(opened):
+    assert files.write_at(opened, torch.empty(0, 3).numpy(), 5) == 0
+    assert os.fstat(opened).st_size == 0
+
+
+def test_what_is_opened_for_a_moment_is_closed(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    files.write_atomically(path, b"x")
+    advised = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *what: advised.append(what))
+    before = psutil.Process().num_fds()
+    files.forget(path)
+    files.sync_folder(tmp_path)
+    with pytest.raises(StoreError, match="sync the folder"):
+        files.sync_folder(path)
+    assert psutil.Process().num_fds() == before
+    assert advised == [(0, 0, os.POSIX_FADV_DONTNEED)]
+
+
+def test_the_last_byte_of_a_disk_may_be_used(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    files.require_space(tmp_path, 100)
+    with pytest.raises(StoreFull, match="101 bytes are to be written and 100 are free"):
+        files.require_space(tmp_path, 101)
+
+
+def test_a_folder_is_made_once_and_listed_in_order(tmp_path):
+    assert files.make_folder(str(tmp_path / "a")) == files.make_folder(tmp_path / "a") == tmp_path / "a"
+    for name in ("c", "a", "b"):
+        (tmp_path / "a" / name).touch()
+    assert files.names_in(tmp_path / "a") == ["a", "b", "c"]

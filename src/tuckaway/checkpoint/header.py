@@ -117,8 +117,8 @@ def parse_header(
 
 def _read_text(fd: int, size: int, path: Path) -> tuple[int, bytes]:
     """Return where the tensors start and the header's bytes; nothing is allocated before sizes are checked."""
-    length = header_length(_read(fd, 0, 8, size, path), size, path)
-    return 8 + length, _read(fd, 8, length, size, path)
+    length = header_length(_read(fd, 0, 8, path), size, path)
+    return 8 + length, _read(fd, 8, length, path)
 
 
 def header_length(first: bytes, size: int, path: Path) -> int:
@@ -140,9 +140,7 @@ def header_length(first: bytes, size: int, path: Path) -> int:
     return length
 
 
-def _read(fd: int, offset: int, count: int, size: int, path: Path) -> bytes:
-    if offset + count > size:
-        raise _truncated(path, offset + count, size, "its header does")
+def _read(fd: int, offset: int, count: int, path: Path) -> bytes:
     data = bytearray(count)
     try:
         got = files.read_at(fd, memoryview(data), offset, path)
@@ -168,7 +166,8 @@ class _DuplicateKey(ValueError):
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise _DuplicateKey(Counter(key for key, _ in pairs).most_common(1)[0][0])
+        counts = Counter(key for key, _ in pairs)
+        raise _DuplicateKey(max(counts, key=counts.__getitem__))
     return content
 
 

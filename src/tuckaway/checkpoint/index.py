@@ -181,13 +181,10 @@ def resolve_inside(folder: Path, name: str, where: Path | None = None) -> Path:
     Raises:
         UnsafePathError: the name leads out, or can name no file.
     """
-    windows = PureWindowsPath(name)
-    parts = {*windows.parts, *PurePosixPath(name).parts}
+    parts = {*PureWindowsPath(name).parts, *PurePosixPath(name).parts}
     if (
-        not name
-        or not parts - {"."}
+        not parts - {"."}
         or any(character in name for character in ":\0\n")  # drives, and Windows' alternate streams
-        or windows.root
         or name.startswith(("/", "\\", "~"))
         or ".." in {part.strip() for part in parts}  # Windows drops spaces at an end
     ):
