@@ -25,6 +25,23 @@ def test_what_is_submitted_is_done_by_the_threads():
         threads.submit(print)
 
 
+def test_an_interrupted_start_leaves_no_thread(monkeypatch):
+    start, started = threading.Thread.start, []
+
+    def interrupted(thread):
+        start(thread)
+        started.append(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Threads(2)
+    gc.collect()
+    assert len(started) == 1
+    started[0].join(30)
+    assert not started[0].is_alive()
+
+
 def test_one_thread_keeps_the_order():
     done, threads = [], Threads(1)
     for number in range(50):

@@ -74,6 +74,11 @@ class Fill:
         """Whether it is over, well or not."""
         return self._future.done()
 
+    @property
+    def failed(self) -> bool:
+        """Whether it is over, with an error."""
+        return self._error is not None and self._future.done()
+
     def result(self) -> None:
         """Wait for the end.
 

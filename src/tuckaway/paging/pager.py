@@ -133,6 +133,10 @@ class Pager:
             if page.captured:
                 raise _refuse_capture(page)
             slot = page.slot
+            if slot is not None and page.users == 0 and slot.fill is not None and slot.fill.failed:
+                # it was brought ahead, perhaps long ago, and the disk may be well again
+                slot.page = None
+                slot = page.slot = None
             if slot is None:
                 for other in self.slots.all:
                     other.tick = other.tick or _WRONG  # what was brought ahead was not what comes next

@@ -55,12 +55,13 @@ class Threads:
             threading.Thread(target=_run, args=(work,), name=f"{_NAME}_{number}", daemon=True)
             for number in range(count)
         ]
-        for thread in self._threads:
-            thread.start()
-        # daemons are not waited for by the interpreter, and must not be in a copy when it takes itself apart
+        # daemons are not waited for by the interpreter, and must not be in a copy when it takes itself apart;
+        # before the first starts, as Ctrl-C may end the wait for a start, and the thread runs all the same
         self._end = weakref.finalize(self, _end, work, self._threads)
         self._closed = False
         self._lock = threading.Lock()
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, *calls: Callable[[], None]) -> None:
         """Have the threads call, in this order and nothing in between; the calls should not raise.

@@ -101,9 +101,15 @@ class Transfer:
                 self._end(fill, slot, source)
             else:
                 self._read(unit, slot, fill)
-        except BaseException as error:
+        except Exception as error:
             self._fills.discard(fill)
             fill.fail(error)
+        except BaseException:
+            # an interrupt is this thread's, and not for whoever waits for the page later; kept in the fill, its
+            # traceback would keep the frames of the whole forward, and the model in them
+            self._fills.discard(fill)
+            fill.fail(PagingError("bringing the page in was interrupted"))
+            raise
 
     def _read(self, unit: PageUnit, slot: Slot, fill: Fill) -> None:
         store, kept, number = self.homes.store, self.homes.kept(unit), self.homes.number(unit)
