@@ -231,6 +231,10 @@ def test_the_seal_is_believed_when_it_is_not_to_be_compared(tmp_path):
     assert header.identity.size == path.stat().st_size
 
 
+def test_the_largest_size_is_one_that_torch_can_count(read):
+    assert read(build({"a": tensor(0, 0, [0, 2**63 - 1])})).entries["a"].shape == (0, 2**63 - 1)
+
+
 def test_no_descriptor_stays_open(tmp_path):
     path = tmp_path / "m.safetensors"
     process = psutil.Process()

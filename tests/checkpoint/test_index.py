@@ -292,3 +292,11 @@ def test_an_index_is_closed_whatever_it_holds(sharded):
     with pytest.raises(ShardIndexError):
         read_index(sharded / INDEX)
     assert psutil.Process().num_fds() == before
+
+
+def test_an_index_may_be_as_long_as_a_header(sharded, monkeypatch):
+    monkeypatch.setattr("tuckaway.checkpoint.index.MAX_HEADER", (sharded / INDEX).stat().st_size)
+    assert len(read_index(sharded / INDEX).weight_map) == 4
+    monkeypatch.setattr("tuckaway.checkpoint.index.MAX_HEADER", (sharded / INDEX).stat().st_size - 1)
+    with pytest.raises(ShardIndexError, match="longer"):
+        read_index(sharded / INDEX)
