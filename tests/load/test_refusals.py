@@ -266,7 +266,7 @@ def test_a_truncated_shard(left: int, folder: Path, store: Path) -> None:
 def test_a_shard_cut_while_it_is_read(folder: Path, store: Path) -> None:
     """The checkpoint was sound when it was opened: only the reader can tell."""
     from tuckaway.checkpoint import Checkpoint
-    from tuckaway.load.load import run
+    from tuckaway.load.job import run
 
     checkpoint = Checkpoint.open(sharded(folder))
     os.truncate(checkpoint.files[-1], checkpoint.files[-1].stat().st_size - 64)

@@ -157,9 +157,9 @@ def test_converting_it_by_names_is_loading_and_saving_it(tmp_path):
 
 
 def test_stacked_experts_in_pieces(tmp_path, monkeypatch):
-    from tuckaway.load import load
+    from tuckaway.load import carry
 
-    monkeypatch.setattr(load, "PIECE_BYTES", 40_000)  # several pieces an expert
+    monkeypatch.setattr(carry, "PIECE_BYTES", 40_000)  # several pieces an expert
 
     class Experts(nn.Module):
         def __init__(self) -> None:

@@ -28,9 +28,9 @@ from tuckaway.convert.sidecars import carry, files_to_carry, write_config
 from tuckaway.convert.sources import LocalSource, Source
 from tuckaway.convert.staging import Record, Staging, fingerprint_of
 from tuckaway.errors import ChecksumError, StoreError
+from tuckaway.load.carry import PIECE_BYTES
 from tuckaway.load.copies import check_copies
 from tuckaway.load.fill import fill
-from tuckaway.load.load import PIECE_BYTES
 from tuckaway.load.match import Feed, Match
 from tuckaway.plan import QuantizationReport, format_bytes
 

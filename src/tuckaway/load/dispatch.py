@@ -15,7 +15,7 @@ from torch import nn
 
 from tuckaway.load.bind import restoration
 from tuckaway.load.given import give_values
-from tuckaway.load.load import run, with_preloaded
+from tuckaway.load.job import run, with_preloaded
 from tuckaway.paging import paging_of
 from tuckaway.plan import Plan
 

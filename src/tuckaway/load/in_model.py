@@ -10,7 +10,7 @@ from torch import nn
 
 from tuckaway.checkpoint import Checkpoint
 from tuckaway.errors import ConfigError
-from tuckaway.load.load import DeviceMap, run
+from tuckaway.load.job import DeviceMap, run
 
 __all__ = ["load_checkpoint_in_model"]
 

@@ -13,7 +13,7 @@ from tuckaway.checkpoint import Checkpoint
 from tuckaway.config import QuantizationConfig, as_dtype
 from tuckaway.empty import init_empty_weights
 from tuckaway.errors import ConfigError
-from tuckaway.load.load import DeviceMap, run
+from tuckaway.load.job import DeviceMap, run
 
 __all__ = ["from_pretrained"]
 
