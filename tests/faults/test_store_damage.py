@@ -150,7 +150,7 @@ def test_every_byte_of_the_manifest(folder: Folder) -> None:
 def test_every_truncation(folder: Folder, name: str) -> None:
     path = folder.file(name)
     size = path.stat().st_size
-    step = STEP if name == "pages.bin" or HEAVY else 7
+    step = 61 if name == "pages.bin" else 1 if HEAVY else 7  # of the pages only the size is compared
     for left in (*range(0, size, step), size - 1, size + 1, size + 4096):
         cut(path, left, lambda: refused(folder))
 
