@@ -96,3 +96,19 @@ def test_dequantized_weights_are_saved_and_loaded_by_accelerate(tmp_path: Path) 
     again = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
     load_checkpoint_in_model(again, tmp_path)
     torch.testing.assert_close(again(x), model(x))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_accelerate_saves_quantized_weights_as_tuckaway_does(place: str, tmp_path: Path) -> None:
+    model = load(tmp_path, place)
+    expected = model(tokens()).logits
+    accelerator = Accelerator(cpu=True)
+    accelerator.save_model(
+        accelerator.prepare_model(model, evaluation_mode=True), tmp_path / "theirs", "20kB"
+    )
+    tuckaway.save_model(model, tmp_path / "ours", "20kB")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir() if path.is_file()}
+    assert len(files) > 2
+    assert {p.name: p.read_bytes() for p in (tmp_path / "theirs").iterdir() if p.is_file()} == files
+    again = tuckaway.from_pretrained(tmp_path / "theirs")
+    assert torch.equal(again(tokens()).logits, expected)

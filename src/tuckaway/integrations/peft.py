@@ -17,6 +17,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook
 from torch import nn
 
+from tuckaway.integrations.wrapping import wrap
 from tuckaway.paging import PageHook, paging_of
 from tuckaway.tensor import QuantizedTensor
 
@@ -31,12 +32,12 @@ def adapt() -> None:
 
     for tuner in _subclasses(BaseTuner):
         if "_create_and_replace" in tuner.__dict__:
-            _wrap(tuner, "_create_and_replace", _with_weights)
+            wrap(tuner, "_create_and_replace", _with_weights)
     for name in ("merge", "unmerge"):
-        _wrap(ParamWrapper, name, _written_back)
-    _wrap(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", _to_execution_device)
-    _wrap(PeftModel, "load_adapter", _in_place)
-    _wrap(PeftModel, "from_pretrained", _in_place_of_class)
+        wrap(ParamWrapper, name, _written_back)
+    wrap(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", _to_execution_device)
+    wrap(PeftModel, "load_adapter", _in_place)
+    wrap(PeftModel, "from_pretrained", _in_place_of_class)
 
 
 def _with_weights(original: Any) -> Any:
@@ -97,16 +98,6 @@ def _in_place_of_class(original: classmethod[Any, Any, Any]) -> Any:
             return function(cls, model, *args, **kwargs)
 
     return classmethod(from_pretrained)
-
-
-def _wrap(owner: Any, name: str, wrapper: Any) -> None:
-    """Replace a method by a wrapper of it, unless that was done before."""
-    original = owner.__dict__[name]
-    function = getattr(original, "__func__", original)
-    if not getattr(function, "_tuckaway", False):
-        wrapped = wrapper(original)
-        getattr(wrapped, "__func__", wrapped)._tuckaway = True
-        setattr(owner, name, wrapped)
 
 
 def _base_of(layer: Any) -> Any:

@@ -1,9 +1,9 @@
-"""Make transformers and peft know tuckaway, without importing them: :func:`register_when_imported`.
+"""Make transformers, peft and accelerate know tuckaway, without importing them: :func:`register_when_imported`.
 
-transformers has no entry points for quantizers, and peft none for where an offloaded layer's adapter belongs:
-somebody must tell them before they are used. What is imported already is told at once; for the rest an import hook
-waits for the one module that matters and is gone after it. So ``import tuckaway`` imports neither, and what a user
-imports first makes no difference.
+transformers has no entry points for quantizers, peft none for where an offloaded layer's adapter belongs, accelerate
+none for how a weight is saved: somebody must tell them before they are used. What is imported already is told at once;
+for the rest an import hook waits for the one module that matters and is gone after it. So ``import tuckaway`` imports
+none of it, and what a user imports first makes no difference.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["register_when_imported"]
 
 
 def register_when_imported() -> None:
-    """Tell both libraries, now or when they come to be imported."""
+    """Tell these libraries, now or when they come to be imported."""
     waiting: dict[str, Callable[[], None]] = {}
     for name, register in _REGISTRATIONS.items():
         if name in sys.modules:
@@ -54,10 +54,17 @@ def _adapt_peft() -> None:
     adapt()
 
 
+def _adapt_accelerate() -> None:
+    from tuckaway.integrations.accelerate import adapt
+
+    adapt()
+
+
 _REGISTRATIONS: dict[str, Callable[[], None]] = {
     "transformers.quantizers.auto": _register_quantizer,
     "transformers.modeling_utils": _adapt_models,
     "peft.peft_model": _adapt_peft,
+    "accelerate.accelerator": _adapt_accelerate,
 }
 """What to do once a module is complete."""
 
