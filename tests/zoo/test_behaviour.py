@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import tuckaway
+from heavy import count
 from loading import FP32, Net, empty_net, net, tokens
 from tuckaway.errors import MismatchError, PagingError
 from zoo.harness import CONFIGS, one_thread, outputs, with_weights
@@ -168,11 +169,29 @@ def test_buffers_that_nobody_knows_are_refused(load: Loader) -> None:
 # Compiled
 
 REPRESENTATIVE = ["Llama", "GPT2", "Mixtral", "Bert", "T5", "ViT", "ConvNext", "Whisper", "CLIP"]
+NOT_COMPILED = {
+    "Nystromformer": "does not compile with plain weights either",
+    "PatchTST": "does not compile with plain weights either",
+    "PaliGemma": "compiled with plain weights it computes something else",
+    "SwitchTransformers": "it converts its router's weights inside its forward",
+}
+OTHERS = [e.name for e in (*LANGUAGE, *PERCEPTION) if e.name not in (*REPRESENTATIVE, *NOT_COMPILED)]
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_compiled_models(name: str) -> None:
+    check_compiled(name)
+
+
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", OTHERS[:: count(40, 1)])
+def test_every_other_model_compiled(name: str) -> None:
+    check_compiled(name)
+
+
+def check_compiled(name: str) -> None:
     entry = next(entry for entry in (*LANGUAGE, *PERCEPTION) if entry.name == name)
     torch._dynamo.reset()
     with one_thread():
