@@ -232,7 +232,7 @@ def test_a_new_checkpoint_replaces_the_old_one_and_nothing_else(tmp_path, old, n
         assert not set(before) & set(
             after
         )  # a slow reader's old index leads nowhere rather than to new shards
-    assert {int(tensor[0]) // 100_000 for tensor in map(Checkpoint.open(tmp_path).read, NAMES)} == {2}
+    assert {int(tensor[0]) // 1000 for tensor in map(Checkpoint.open(tmp_path).read, NAMES)} == {2}
 
 
 @pytest.mark.parametrize(("old", "new"), TRANSITIONS)
