@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import resource
@@ -10,7 +11,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import nn, overrides
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tuckaway.empty import init_empty_weights, init_on_device, meta_buffers, rebuild_buffers
@@ -301,6 +302,32 @@ def test_nothing_is_left_behind_even_by_an_exception():
     assert not nn.Linear(3000, 3000).weight.is_meta
     assert not torch.nn.modules.module._global_parameter_registration_hooks
     assert torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
+
+
+def _build_and_lose_the_mode():
+    with init_empty_weights():
+        nn.Linear(4, 4)
+        overrides._pop_mode()
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_an_interrupt_that_loses_a_mode_is_still_an_interrupt(outer):
+    """``nn.init`` pops the innermost function mode for the length of a call: an interrupt can lose it."""
+    with torch.device("cpu") if outer else contextlib.nullcontext():
+        before = overrides._get_current_function_mode_stack()
+        with pytest.raises(KeyboardInterrupt):
+            _build_and_lose_the_mode()
+        assert overrides._get_current_function_mode_stack() == before
+        assert not nn.Linear(300, 300).weight.is_meta
+
+
+def test_modes_that_an_interrupt_left_behind_are_taken_away():
+    with init_empty_weights():
+        inner = overrides._get_current_function_mode_stack()[-1]
+        overrides._push_mode(inner)
+    assert not overrides._get_current_function_mode_stack()
+    assert not nn.Linear(300, 300).weight.is_meta
 
 
 def test_other_threads_are_unaffected():

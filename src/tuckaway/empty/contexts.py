@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C import _pop_torch_dispatch_stack, _pop_torch_function_stack, _push_on_torch_function_stack
 from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from tuckaway.empty.deferral import Deferral, exchange
 from tuckaway.empty.records import forget, recorded, remember
@@ -147,18 +148,41 @@ def _building(device: torch.device, include_buffers: bool) -> Iterator[None]:
         finally:
             _thread.settings.pop()
         return
-    deferral = _thread.deferral = Deferral()
-    _thread.settings = [settings]
+    deferral = Deferral()
+    operations, calls = _Operations(deferral), _Calls(deferral)
+    functions = _get_current_function_mode_stack()
     try:
-        with _Operations(deferral), _Calls(deferral):
-            yield
+        _thread.deferral, _thread.settings = deferral, [settings]
+        with operations:
+            try:
+                calls.__enter__()  # type: ignore[no-untyped-call]
+                yield
+            finally:  # not calls.__exit__, which fails when an interrupt has lost the mode
+                _restore_function_modes(functions)
         failed = deferral.finish()
         if failed:
             _log.warning("%d tensors stay on the meta device: others refer to them weakly", len(failed))
     finally:
+        _restore_function_modes(functions)
+        while operations in _get_current_dispatch_mode_stack():
+            _pop_torch_dispatch_stack()
         _thread.deferral = None
         _thread.settings = []
         remember(deferral.records())
+
+
+def _restore_function_modes(modes: list[TorchFunctionMode]) -> None:
+    """Make torch's stack of function modes what it was: an interrupt can come right before or after torch pops one.
+
+    ``torch.nn.init`` takes the innermost mode away for the length of a call, and an interrupt between that and its
+    ``try`` loses the mode; one that stayed would defer what the thread makes from then on.
+    """
+    if _get_current_function_mode_stack() == modes:
+        return
+    for _ in _get_current_function_mode_stack():
+        _pop_torch_function_stack()
+    for mode in modes:
+        _push_on_torch_function_stack(mode)
 
 
 class _Operations(TorchDispatchMode):
