@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import safetensors
 
+from fuzzing import Mutator, Tally, assert_clean, hunt, spread
 from heavy import count
-from mutation import Mutator, Tally, assert_clean, hunt, spread
 from tuckaway.checkpoint.entry import FileIdentity
 from tuckaway.checkpoint.header import header_length, parse_header
 from tuckaway.checkpoint.seal import placeholder, seal

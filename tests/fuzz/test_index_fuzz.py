@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fuzzing import Mutator, Tally, assert_clean, hunt, spread
 from heavy import count
-from mutation import Mutator, Tally, assert_clean, hunt, spread
 from tuckaway.checkpoint.index import check_one_format, parse_index, resolve_inside
 from tuckaway.errors import ShardIndexError, UnsafeFormatError, UnsafePathError
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from fuzzing import Mutator, Tally, assert_clean, hunt, spread
 from heavy import count
-from mutation import Mutator, Tally, assert_clean, hunt, spread
 from tuckaway.checkpoint.seal import sealed_index
 from tuckaway.errors import StoreCorrupt, StoreStale
 from tuckaway.paging.manifest import Manifest, parse_manifest

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fuzzing import Mutator, Tally, assert_clean, hunt, spread
 from heavy import count
-from mutation import Mutator, Tally, assert_clean, hunt, spread
 from tuckaway.checkpoint import TensorEntry
 from tuckaway.errors import CheckpointError
 from tuckaway.formats import format_of
