@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import signal
 import subprocess
 import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import psutil
 import torch
@@ -18,6 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "triton", "accelerate", "transformers", "bitsandbytes", "safetensors", "gemlite")
 
 
+@cache
 def conditions() -> dict[str, Any]:
     """Return device, driver, versions and size of the machine."""
     versions = {}
@@ -74,10 +83,85 @@ class PeakHost:
 
 
 def save(name: str, results: Any, folder: Path = RESULTS) -> Path:
-    """Write ``results`` with the conditions to ``<name>.json``."""
+    """Write ``results`` with the conditions to ``<name>.json``; whoever reads it finds the old or the new whole."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(
-        json.dumps({"benchmark": name, "conditions": conditions(), "results": results}, indent=1) + "\n"
-    )
+    text = json.dumps({"benchmark": name, "conditions": conditions(), "results": results}, indent=1) + "\n"
+    beside = path.with_suffix(".part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
     return path
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after ``seconds`` (in the main thread, where Python code runs)."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise TimeoutError(f"took longer than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Journal:
+    """The results of a benchmark, written after every one of them: what ends it early loses nothing.
+
+    Args:
+        name: of the JSON file.
+        budget: seconds after which no further case is begun; a case that runs then is stopped.
+        folder: where the file goes.
+
+    Example:
+        >>> journal = Journal("kernels", 150.0, folder)  # doctest: +SKIP
+        >>> journal.case({"what": "nf4", "m": 1}, lambda: {"us": 16.6})  # doctest: +SKIP
+    """
+
+    def __init__(self, name: str, budget: float, folder: Path = RESULTS) -> None:
+        self.name = name
+        self.folder = folder
+        self.end = time.monotonic() + budget
+        self.results: list[dict[str, Any]] = []
+        self.left_out: list[dict[str, Any]] = []
+
+    def left(self) -> float:
+        """Return how many seconds are left."""
+        return self.end - time.monotonic()
+
+    def case(
+        self, about: dict[str, Any], measure: Callable[[], dict[str, Any]], needs: float = 1.0
+    ) -> dict[str, Any]:
+        """Run ``measure`` and record what it finds; a failure is recorded too, and does not end the benchmark.
+
+        Args:
+            about: what is measured.
+            measure: returns figures; given up when the time is over.
+            needs: seconds it takes; with fewer left it is not begun.
+        """
+        if self.left() < needs:
+            self.left_out.append(about)
+            return about
+        try:
+            with limited(self.left()):
+                return self.add(about | measure())
+        except Exception as failure:  # of a peer, of a compiler: any, and the cases after it count as well
+            where = traceback.extract_tb(failure.__traceback__)[-1]
+            told = f"{failure!r:.300} ({Path(where.filename).name}:{where.lineno})"
+            return self.add(about | {"failed": told})
+
+    def add(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Record and print one result."""
+        self.results.append(row)
+        self.save()
+        print({k: f"{v:.2e}" if k.startswith("error") else v for k, v in row.items()}, flush=True)
+        return row
+
+    def save(self) -> Path:
+        """Write what there is."""
+        results = {"results": self.results, "not_measured_for_want_of_time": self.left_out}
+        return save(self.name, results, self.folder)

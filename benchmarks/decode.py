@@ -1,12 +1,17 @@
 """Tokens a second of a Llama-7B-shaped model with everything on the GPU: eager, captured in a CUDA graph, compiled.
 
-    python benchmarks/decode.py [--format nf4] [--layers 32] [--peers FOLDER] [--seconds 200] [--out FOLDER]
+    python benchmarks/decode.py [--format nf4] [--layers 32] [--peers FOLDER] [--budget 200] [--miniature]
 
 Weights are random (normal, 0.02), quantized where they are made; batch 1, a static cache of 512 positions that begins
 with 64. *step* is one step of greedy decoding, the token chosen on the device: eager, or captured in a CUDA graph.
-*step, small operations compiled* is the captured step with norms, MLP and rotary embedding through ``torch.compile``
-(three small graphs, used by all layers). *generate* is transformers' own loop, 64 tokens, eager. A captured step is
-timed only if its logits have the bits of the eager one. bf16 and bitsandbytes run the same weights in the same process.
+*small operations compiled* is the captured step with norms, MLP and rotary embedding through ``torch.compile``
+(three small graphs, used by all layers), *layers compiled* that with each decoder layer whole. *generate* is
+transformers' own loop, 32 tokens, eager, the median of three. A captured step is timed only if its logits have the bits
+of the eager one, a compiled one if they are near. bitsandbytes runs on the very bytes that tuckaway quantized, bf16 on
+weights drawn with the same seeds, in the same process.
+
+Every figure is a result of its own, written when it is known, the most wanted first. ``--miniature`` tries all cases on
+a small model, on a CPU too, where nothing is captured.
 """
 
 from __future__ import annotations
@@ -14,19 +19,25 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, save
+from common import RESULTS, Journal
+from timing import device as the_device
+from timing import synchronize
 from torch import nn
 
 import tuckaway
+from tuckaway.formats import format_of
 
 SIZES = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
+MINIATURE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "vocab_size": 1000}
 POSITIONS, PROMPT = 512, 64
 
 
@@ -117,7 +128,6 @@ def after_steps(step: Step, call: Callable[[], Any], logits: torch.Tensor | None
 
 def rate(step: Step, call: Callable[[], Any], seconds: float = 1.5, steps: int = 32) -> float:
     """Return steps a second, the median of several runs from the end of the prompt on."""
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 2 or time.perf_counter() < end:
@@ -131,70 +141,179 @@ def rate(step: Step, call: Callable[[], Any], seconds: float = 1.5, steps: int =
     return round(1 / sorted(times)[len(times) // 2], 1)
 
 
-def generate_rate(model: Any, device: torch.device, tokens: int = 48) -> float:
-    """Return tokens a second of transformers' own eager loop."""
+def generate_rate(model: Any, device: torch.device, tokens: int = 32, runs: int = 3) -> dict[str, Any]:
+    """Return tokens a second of transformers' own eager loop: the median, and every run."""
     prompt = torch.arange(PROMPT, device=device)[None] % 997
     options = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens, "pad_token_id": 0}
     ask = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     model.generate(**ask, **{**options, "min_new_tokens": 4, "max_new_tokens": 4})
-    began = time.perf_counter()
-    model.generate(**ask, **options)
-    return round(tokens / (time.perf_counter() - began), 2)
+    rates = []
+    for _ in range(runs):
+        synchronize()
+        began = time.perf_counter()
+        model.generate(**ask, **options)
+        synchronize()
+        rates.append(round(tokens / (time.perf_counter() - began), 2))
+    return {"tokens_s": statistics.median(rates), "runs": rates}
 
 
-def compile_small_operations(model: Any) -> None:
+@contextmanager
+def small_operations_compiled(model: Any) -> Iterator[None]:
     """Compile what lies between the products: the classes' forwards, so that all layers share the graphs."""
-    modeling = sys.modules[type(model).__module__]
-    modeling.LlamaRMSNorm.forward = torch.compile(modeling.LlamaRMSNorm.forward, fullgraph=True)
-    modeling.LlamaMLP.forward = torch.compile(modeling.LlamaMLP.forward, fullgraph=True)
-    modeling.apply_rotary_pos_emb = torch.compile(modeling.apply_rotary_pos_emb, fullgraph=True)
+    modeling: Any = sys.modules[type(model).__module__]
+    norm, mlp, rotate = modeling.LlamaRMSNorm, modeling.LlamaMLP, modeling.apply_rotary_pos_emb
+    before = norm.forward, mlp.forward
+    try:
+        norm.forward = torch.compile(norm.forward, fullgraph=True)
+        mlp.forward = torch.compile(mlp.forward, fullgraph=True)
+        modeling.apply_rotary_pos_emb = torch.compile(rotate, fullgraph=True)
+        yield
+    finally:
+        norm.forward, mlp.forward = before
+        modeling.apply_rotary_pos_emb = rotate
 
 
-def measure(name: str, model: Any, device: torch.device, compiled: bool) -> dict[str, Any]:
-    """Return every rate of one model."""
-    row: dict[str, Any] = {"model": name, "bytes": tuckaway.memory_footprint(model)}
-    step = Step(model, device)
-    expected = after_steps(step, step, None)
-    row["step, eager"] = rate(step, step, steps=8)
-    if device.type == "cuda":
-        row["generate, eager"] = generate_rate(model, device)
-        graph, logits = captured(step)
-        row["captured logits equal"] = torch.equal(after_steps(step, graph.replay, logits), expected)
-        if row["captured logits equal"]:
-            row["step, captured"] = rate(step, graph.replay)
-        if compiled:
-            compile_small_operations(model)
-            graph, logits = captured(step)
-            found = after_steps(step, graph.replay, logits).float()
-            distance = float((found - expected.float()).norm() / expected.float().norm())
-            row["compiled against eager logits"] = distance
-            if distance < 5e-2:  # bf16 rounded in other places, 32 layers deep
-                row["step, small operations compiled, captured"] = rate(step, graph.replay)
-    print(row, flush=True)
-    return row
+@contextmanager
+def layers_compiled(model: Any) -> Iterator[None]:
+    """Compile every decoder layer; the graphs differ in which cache they write, and Inductor finds them in its own."""
+    layers = list(model.model.layers)
+    limits = torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit
+    try:
+        torch._dynamo.config.recompile_limit = 4 * len(layers)
+        torch._dynamo.config.accumulated_recompile_limit = 16 * len(layers)
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+        torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit = limits
+        torch._dynamo.reset()
 
 
-def bitsandbytes_model(layers: int, sizes: dict[str, int], device: torch.device) -> Any:
-    """Return the model with bitsandbytes' modules around the same codes."""
+class Bench:
+    """One model and its figures."""
+
+    def __init__(self, journal: Journal, name: str, model: Any, device: torch.device) -> None:
+        self.journal, self.name, self.model, self.device = journal, name, model, device
+        self.step = Step(model, device)
+        self.expected = after_steps(self.step, self.step, None)
+
+    def case(self, what: str, measure: Callable[[], dict[str, Any]], needs: float) -> None:
+        """Record one figure."""
+        began = time.monotonic()
+
+        def timed() -> dict[str, Any]:
+            return measure() | {"measured_in_s": round(time.monotonic() - began, 1)}
+
+        self.journal.case({"model": self.name, "what": what}, timed, needs)
+
+    def captured(self) -> dict[str, Any]:
+        """Capture the step, compare all bits, time it."""
+        call, logits = self._graph()
+        found = after_steps(self.step, call, logits)
+        if not torch.equal(found, self.expected):
+            return {"wrong": True, "distance": self._distance(found)}
+        return {"tokens_s": rate(self.step, call)}
+
+    def compiled(self, compiling: Callable[[Any], Any]) -> dict[str, Any]:
+        """Capture the step as ``compiling`` changes it, compare the logits, time it."""
+        began = time.monotonic()
+        with compiling(self.model):
+            call, logits = self._graph()
+            row: dict[str, Any] = {"compiled_in_s": round(time.monotonic() - began, 1)}
+            row["distance"] = self._distance(after_steps(self.step, call, logits))
+            if not row["distance"] < 5e-2:  # bf16 rounded in other places, 32 layers deep
+                return row | {"wrong": True}
+            return row | {"tokens_s": rate(self.step, call)}
+
+    def _graph(self) -> tuple[Callable[[], Any], torch.Tensor | None]:
+        if self.device.type != "cuda":
+            return self.step, None
+        graph, logits = captured(self.step)
+        return graph.replay, logits
+
+    def _distance(self, found: torch.Tensor) -> float:
+        return float((found.float() - self.expected.float()).norm() / self.expected.float().norm())
+
+    def plain_cases(self) -> None:
+        """Measure the captured step, transformers' own loop, and the eager step."""
+        self.case("step, captured", self.captured, 10.0)
+        self.case("generate, eager", lambda: generate_rate(self.model, self.device), 8.0)
+        self.case("step, eager", lambda: {"tokens_s": rate(self.step, self.step, steps=8)}, 3.0)
+
+    def compiled_cases(self) -> None:
+        """Measure the captured step with more and less of it compiled."""
+        small = "step, small operations compiled, captured"
+        self.case(small, lambda: self.compiled(small_operations_compiled), 25.0)
+        self.case("step, layers compiled, captured", lambda: self.compiled(layers_compiled), 40.0)
+
+
+def bitsandbytes_model(ours: Any, layers: int, sizes: dict[str, int], device: torch.device) -> Any:
+    """Return the model with bitsandbytes' modules on the bytes of ``ours``: no weight is drawn or quantized again."""
     bnb = importlib.import_module("bitsandbytes")
     model = empty_model(layers, sizes)
-    fill(model, lambda name, plain: plain, device)
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and path != "lm_head":
-            new = bnb.nn.Linear4bit(
-                module.in_features,
-                module.out_features,
-                bias=False,
-                compute_dtype=torch.bfloat16,
-                compress_statistics=True,
-                quant_type="nf4",
-            )
-            new.weight = bnb.nn.Params4bit(
-                module.weight.data.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4"
-            )
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, new.to(device))
+    for name, parameter in list(ours.named_parameters()):
+        path, _, leaf = name.rpartition(".")
+        if not isinstance(parameter, tuckaway.QuantizedTensor):
+            model.get_submodule(path)._parameters[leaf] = parameter
+            continue
+        layout = parameter.layout_info
+        stored = format_of(layout.format).serialize("weight", parameter.components, layout)
+        new = bnb.nn.Linear4bit(
+            layout.cols,
+            layout.rows,
+            bias=False,
+            compute_dtype=torch.bfloat16,
+            compress_statistics=layout.nested,
+            quant_type=layout.format,
+            device="meta",  # values drawn for all layers take a CPU a minute
+        )
+        codes = stored.pop("weight")
+        statistics_ = {key.removeprefix("weight."): value for key, value in stored.items()}
+        new.weight = bnb.nn.Params4bit.from_prequantized(codes, statistics_, device=device, module=new)
+        parent, _, own = path.rpartition(".")
+        setattr(model.get_submodule(parent), own, new)
+    for name, buffer in ours.named_buffers():
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._buffers[leaf] = buffer
     return model
+
+
+def quantized_cases(journal: Journal, options: argparse.Namespace, sizes: dict[str, int]) -> None:
+    """Measure the quantized model, and bitsandbytes' on its bytes."""
+    device, layers = the_device(), options.layers
+    config = tuckaway.QuantizationConfig(format=options.format)
+
+    def quantized(name: str, plain: torch.Tensor) -> torch.Tensor:
+        taken = plain.dim() == 2 and "lm_head" not in name and "embed" not in name
+        return tuckaway.quantize(plain, config) if taken else plain
+
+    ours = empty_model(layers, sizes)
+    fill(ours, quantized, device)
+    name = options.format + " nested" * (options.format != "int8")
+    bench = Bench(journal, name, ours, device)
+    bench.plain_cases()
+
+    def peer() -> dict[str, Any]:
+        began = time.monotonic()
+        model = bitsandbytes_model(ours, layers, sizes, device)
+        built = round(time.monotonic() - began, 1)
+        return {"built_in_s": built} | generate_rate(model, device)
+
+    if options.format != "int8" and (options.peers or options.miniature):
+        journal.case({"model": f"bitsandbytes {name}", "what": "generate, eager"}, peer, 15.0)
+    if not options.no_compile:
+        bench.compiled_cases()
+
+
+def bf16_cases(journal: Journal, options: argparse.Namespace, sizes: dict[str, int]) -> None:
+    """Measure the same model in bf16."""
+    if the_device().type == "cuda":
+        torch.cuda.empty_cache()
+    model = empty_model(options.layers, sizes)
+    fill(model, lambda name, plain: plain, the_device())
+    Bench(journal, "bf16", model, the_device()).plain_cases()
 
 
 def main() -> None:
@@ -203,45 +322,21 @@ def main() -> None:
     )
     parser.add_argument("--format", default="nf4")
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script")
+    parser.add_argument("--miniature", action="store_true", help="small sizes, to try the script")
     parser.add_argument("--peers", help="folder that bitsandbytes lies unpacked in")
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--seconds", type=float, default=200.0, help="begin no further model after this long")
+    parser.add_argument("--budget", type=float, default=200.0, help="seconds; then nothing more is begun")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.peers:
         sys.path.insert(0, options.peers)
-    began = time.monotonic()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = (
-        {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "vocab_size": 1000}
-        if options.tiny
-        else SIZES
-    )
-    config = tuckaway.QuantizationConfig(format=options.format)
-
-    def quantized(name: str, plain: torch.Tensor) -> torch.Tensor:
-        taken = plain.dim() == 2 and "lm_head" not in name and "embed" not in name
-        return tuckaway.quantize(plain, config) if taken else plain
-
-    rows = []
+    journal = Journal(f"decode_{options.format}", options.budget, options.out)
     with torch.no_grad():
-        if options.peers:
-            model = bitsandbytes_model(options.layers, sizes, device)
-            rows.append({"model": "bitsandbytes nf4 nested", "generate, eager": generate_rate(model, device)})
-            print(rows[-1], flush=True)
-            del model
-        for name, make in (("bf16", lambda name, plain: plain), (f"{options.format} nested", quantized)):
-            if time.monotonic() - began > options.seconds:
-                break
-            model = empty_model(options.layers, sizes)
-            fill(model, make, device)
-            last = name != "bf16"  # compiled operations stay compiled: only for the last model
-            rows.append(measure(name, model, device, last and not options.no_compile))
-            del model
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    print(save(f"decode_{options.format}", rows, options.out))
+        sizes = MINIATURE if options.miniature else SIZES
+        quantized_cases(journal, options, sizes)
+        if journal.left() > 20.0:
+            bf16_cases(journal, options, sizes)
+    print(journal.save())
 
 
 if __name__ == "__main__":

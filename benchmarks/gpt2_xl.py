@@ -1,12 +1,14 @@
 """GPT-2 XL in minGPT's layout: load time, GPU and host memory, logits by placement; accelerate + bitsandbytes too.
 
-    python benchmarks/gpt2_xl.py CHECKPOINT_FOLDER [--peers] [--cold] [--out FOLDER]
+    python benchmarks/gpt2_xl.py CHECKPOINT_FOLDER [--peers] [--cold] [--budget 600] [--out FOLDER] [--miniature]
 
-The checkpoint is written by ``benchmarks/material.py``. Every case runs in a process of its own, so that no case finds
-memory or caches of another. ``bytes_gpu`` is what tensors take (``memory_allocated``), ``peak_gpu`` its maximum while
-loading. ``first_seconds`` is the load that memory was watched in, kernels not yet compiled for its shapes;
-``seconds`` a second one in the same process. Warm: the files were read once before. Cold: their pages were dropped from
-the page cache first.
+The checkpoint is written by ``benchmarks/material.py``. The JSON is written after every case; with ``--miniature`` the
+script is tried on a tiny model, which it saves in the folder first, on a CPU too.
+
+Every case runs in a process of its own: none finds memory or caches of another. ``bytes_gpu`` is what tensors
+take (``memory_allocated``), ``peak_gpu`` its maximum while loading. ``first_seconds`` is the load that memory was
+watched in, kernels not yet compiled for its shapes; ``seconds`` a second one in the same process. Warm: the files were
+read once before. Cold: their pages were dropped from the page cache first.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, PeakHost, save
+from common import RESULTS, Journal, PeakHost
+from timing import device, synchronize
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -60,26 +63,48 @@ def warm_up_gpu(config: dict[str, Any]) -> None:
 
     for dtype in (torch.bfloat16, torch.float16):
         weight = tuckaway.quantize(
-            torch.randn(256, 1600, device="cuda", dtype=dtype), tuckaway.QuantizationConfig(**config)
+            torch.randn(256, 1600, device=device(), dtype=dtype), tuckaway.QuantizationConfig(**config)
         )
         weight.dequantize()
-    torch.cuda.synchronize()
+    synchronize()
     del weight
-    torch.cuda.empty_cache()
+    empty_cache()
 
 
-def ours(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
+def empty_cache() -> None:
+    """Give back what torch keeps of the GPU's memory."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def gpu_memory() -> dict[str, int]:
+    """Return what tensors take on the GPU, and the most that they took."""
+    if not torch.cuda.is_available():
+        return {}
+    return {"bytes_gpu": torch.cuda.memory_allocated(), "peak_gpu": torch.cuda.max_memory_allocated()}
+
+
+def placed(place: Any) -> Any:
+    """Return a device map or device for this machine: without a GPU, the CPU takes its place."""
+    if torch.cuda.is_available():
+        return place
+    if isinstance(place, dict):
+        return {name: placed(where) for name, where in place.items()}
+    return "cpu" if place == 0 else place
+
+
+def ours(folder: Path, case: dict[str, Any], size: str) -> dict[str, Any]:
     from mingpt_gpt2 import GPT, SIZES
 
     import tuckaway
 
     case = dict(case)
-    place = {key: case.pop(key) for key in ("device_map", "main_device") if key in case}
+    place = {key: placed(case.pop(key)) for key in ("device_map", "main_device") if key in case}
     warm_up_gpu(case)
 
     def load(scratch: str) -> tuple[torch.nn.Module, float]:
         with tuckaway.init_empty_weights():
-            model = GPT(*SIZES["gpt2-xl"])
+            model = GPT(*SIZES[size])
         began = time.perf_counter()
         model = tuckaway.load_and_quantize_model(
             model.eval(),
@@ -90,24 +115,24 @@ def ours(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
             progress=False,
             **place,
         )
-        torch.cuda.synchronize()
+        synchronize()
         return model, time.perf_counter() - began
 
-    torch.cuda.reset_peak_memory_stats()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         with PeakHost() as host:
             model, first_seconds = load(scratch)
         result = {
             "first_seconds": round(first_seconds, 3),
-            "bytes_gpu": torch.cuda.memory_allocated(),
-            "peak_gpu": torch.cuda.max_memory_allocated(),
+            **gpu_memory(),
             "footprint": tuckaway.memory_footprint(model, by_device=True),
             "private_peak_host": host.peak - host.start,
         }
         result |= run(model)
         tuckaway.materialize(model)
     del model
-    torch.cuda.empty_cache()
+    empty_cache()
     with tempfile.TemporaryDirectory(
         dir=folder.parent
     ) as scratch:  # Triton's kernels compiled, nobody watching
@@ -116,7 +141,7 @@ def ours(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": round(seconds, 3)} | result
 
 
-def accelerate_bitsandbytes(folder: Path, format: str) -> dict[str, Any]:
+def accelerate_bitsandbytes(folder: Path, format: str, size: str) -> dict[str, Any]:
     sys.path.insert(0, ".peers")
     import bitsandbytes
     from accelerate import init_empty_weights
@@ -136,7 +161,7 @@ def accelerate_bitsandbytes(folder: Path, format: str) -> dict[str, Any]:
         }
     )
     with init_empty_weights():
-        model = GPT(*SIZES["gpt2-xl"])
+        model = GPT(*SIZES[size])
     model.eval()
     torch.cuda.reset_peak_memory_stats()
     with PeakHost() as host:
@@ -151,8 +176,7 @@ def accelerate_bitsandbytes(folder: Path, format: str) -> dict[str, Any]:
         seconds = time.perf_counter() - began
     return {
         "seconds": round(seconds, 3),
-        "bytes_gpu": torch.cuda.memory_allocated(),
-        "peak_gpu": torch.cuda.max_memory_allocated(),
+        **gpu_memory(),
         "private_peak_host": host.peak - host.start,
     } | run(model)
 
@@ -160,21 +184,22 @@ def accelerate_bitsandbytes(folder: Path, format: str) -> dict[str, Any]:
 @torch.no_grad()
 def run(model: torch.nn.Module) -> dict[str, Any]:
     """Return a digest of the logits of fixed tokens, and the time of one more token."""
-    tokens = torch.arange(1, 65, device="cuda")[None] * 700
+    where = device()
+    tokens = torch.arange(1, 65, device=where)[None] * 700 % model.transformer.wte.weight.shape[0]
     logits = model(tokens)
-    torch.cuda.synchronize()
+    synchronize()
     times = []
     for _ in range(5):
         began = time.perf_counter()
         model(tokens[:, :1])
-        torch.cuda.synchronize()
+        synchronize()
         times.append(time.perf_counter() - began)
     values = logits[0, -1].float()
     digest = (
         logits.contiguous()
         .view(torch.uint8)
         .long()
-        .mul(torch.arange(1, 1 + logits.nbytes, device="cuda").view(*logits.shape[:-1], -1) % 8191)
+        .mul(torch.arange(1, 1 + logits.nbytes, device=where).view(*logits.shape[:-1], -1) % 8191)
         .sum()
     )
     return {
@@ -199,25 +224,49 @@ def drop_from_page_cache(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def measure(folder: Path, case: str, size: str, left: float) -> dict[str, Any]:
+    """Run one case in a process of its own, for at most ``left`` seconds."""
+    command = [sys.executable, __file__, str(folder), "--case", case, "--size", size]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=left)
+    line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
+    return json.loads(line[7:]) if line else {"failed": done.stderr[-1500:].splitlines()}
+
+
+def run_case(folder: Path, case: str, size: str) -> None:
+    """Measure one case in this process and print it."""
+    peer = PEERS.get(case)
+    result = accelerate_bitsandbytes(folder, peer, size) if peer else ours(folder, CASES[case], size)
+    print("RESULT " + json.dumps(result))
+
+
+def save_tiny(folder: Path) -> None:
+    """Save a tiny model of this kind."""
+    from mingpt_gpt2 import GPT, SIZES
+
+    import tuckaway
+
+    tuckaway.save_model(GPT(*SIZES["tiny"]), folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--only", nargs="*")
-    parser.add_argument("--case")
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds; then nothing more is begun")
+    parser.add_argument("--miniature", action="store_true", help="a tiny model, to try the script")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--size", default="gpt2-xl", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.case is not None:
-        peer = PEERS.get(options.case)
-        result = (
-            accelerate_bitsandbytes(options.folder, peer)
-            if peer
-            else ours(options.folder, CASES[options.case])
-        )
-        print("RESULT " + json.dumps(result))
+        run_case(options.folder, options.case, options.size)
         return
-    results: dict[str, Any] = {}
+    if options.miniature:
+        options.size = "tiny"
+        save_tiny(options.folder)
+    journal = Journal("gpt2_xl", options.budget, options.out)
     read_once(options.folder)
     for case in [*CASES, *(PEERS if options.peers else ())]:
         if options.only and not any(word in case for word in options.only):
@@ -225,15 +274,14 @@ def main() -> None:
         for state in ("warm", "cold") if options.cold else ("warm",):
             if state == "cold":
                 drop_from_page_cache(options.folder)
-            command = [sys.executable, __file__, str(options.folder), "--case", case]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
-            result = json.loads(line[7:]) if line else {"error": done.stderr[-1500:].splitlines()}
-            results[f"{case} ({state})"] = result
-            print(case, state, result, flush=True)
+
+            def measured(case: str = case) -> dict[str, Any]:
+                return measure(options.folder, case, options.size, journal.left())
+
+            journal.case({"case": case, "state": state}, measured, needs=10.0)
             if state == "cold":
                 read_once(options.folder)
-    print(save("gpt2_xl", results, options.out))
+    print(journal.save())
 
 
 if __name__ == "__main__":
