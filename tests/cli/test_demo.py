@@ -97,3 +97,7 @@ def test_default_budget_spreads_the_real_model(format: str, accelerator: bool, s
     counts = [list(placement.values()).count(place) for place in sorted(set(placement.values()), key=str)]
     assert len(counts) == (3 if accelerator else 2)
     assert min(counts) >= 5
+    # the planner counts for a placement what the budget was made of
+    planned = tuckaway.plan(model, format, max_memory=budget, reserve_bytes=0)
+    assert planned.device_map == placement
+    assert all(planned.on(device).counted_bytes <= size for device, size in budget.items())

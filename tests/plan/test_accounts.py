@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+import tuckaway
 from loading import empty_net, net
+from tuckaway.checkpoint import PIECE_BYTES, Ring
 from tuckaway.config import QuantizationConfig
 from tuckaway.errors import PlanError
+from tuckaway.load import carry
 from tuckaway.plan import choose_specs
 from tuckaway.plan.accounts import DeviceMemory, account, host_ring_bytes, load_work_bytes
 
@@ -109,6 +113,34 @@ def test_the_work_of_loading_is_bounded_by_pieces():
     assert load_work_bytes(choose_specs(small, NF4)[0]) == 4 * 4 * 64 * 64 + 4 * 64
     assert load_work_bytes(choose_specs(large, QuantizationConfig(nested=False))[0]) == 4 * piece
     assert load_work_bytes(choose_specs(large, None)[0]) == 2 * piece
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_the_planner_and_the_search_for_a_map_count_the_same(format):
+    model = empty_net(layers=10)
+    specs, _ = choose_specs(model, QuantizationConfig(format=format))
+    places = {"": 0, **{f"layers.{i}": "cpu" if i < 6 else "disk" for i in range(3, 10)}}
+    found = account(model, specs, places, reserve_bytes={0: 5000}, slots=3, disk_cache_bytes=60_000)
+    options = {"slots": 3, "disk_cache_bytes": 60_000, "reserve_bytes": 5000}
+    plan = tuckaway.plan(model, format, places, **options)
+    assert {memory.device: replace(memory, limit_bytes=None) for memory in plan.devices} == found.devices
+    assert plan.slot_bytes == found.pages.slot_nbytes
+    least = found.least_memory
+    assert "disk" not in least
+    searched = tuckaway.plan(model, format, max_memory=least, **options)
+    assert searched.on(0).weights_bytes >= plan.on(0).weights_bytes
+    assert {device: searched.on(device).counted_bytes <= size for device, size in least.items()} == {
+        0: True,
+        "cpu": True,
+    }
+    with pytest.raises(PlanError, match="1 bytes more"):
+        tuckaway.plan(model, format, places, {**least, 0: least[0] - 1}, **options)
+
+
+def test_the_ring_of_the_plan_is_the_loaders():
+    assert host_ring_bytes("cpu") == Ring.towards(torch.device("cpu")).count * PIECE_BYTES
+    assert host_ring_bytes(0) == Ring.towards(torch.device("cuda", 0)).count * PIECE_BYTES
+    assert carry.PIECE_BYTES <= PIECE_BYTES
 
 
 def test_a_map_that_leaves_something_out():

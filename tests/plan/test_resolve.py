@@ -54,7 +54,7 @@ def planned(config=NF4, **options):
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
     """Toy weights are loaded in toy pieces: slots are what counts, as it is with real ones."""
-    monkeypatch.setattr(accounts, "_PIECE", 1024)
+    monkeypatch.setattr(accounts, "PIECE_BYTES", 1024)
 
 
 def bytes_needed(model, specs, device_map, main, offload_buffers=False, slots=2, reserve=0):

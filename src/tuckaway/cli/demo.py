@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
@@ -15,7 +16,7 @@ from tuckaway.cli.options import Format, FormatOption, JsonOption, MaxMemoryOpti
 from tuckaway.cli.placement import placement, show_memory, show_placement, show_speed
 from tuckaway.cli.show import Screen
 from tuckaway.cli.smollm2 import REPOSITORY, smollm2
-from tuckaway.plan import choose_specs, compute_module_sizes, load_work_bytes
+from tuckaway.plan import account, choose_specs
 from tuckaway.tensor import TensorSpec
 
 __all__ = ["command", "default_budget", "run_demo"]
@@ -114,9 +115,8 @@ def default_budget(
 ) -> dict[int | str, int | str]:
     """Return a ``max_memory`` under which every kind of placement is in use.
 
-    The executing device gets what is no block (the embedding, mostly), the two slots that blocks are paged into, and
-    room for two fifths of the blocks; a GPU also what loading takes on it while the other blocks go to their pages.
-    Under a GPU, RAM has room for three tenths. The rest goes to disk.
+    The executing device has room for what is no block (the embedding, mostly) and two fifths of the blocks; under a
+    GPU, RAM has room for three tenths. The rest goes to disk.
 
     Args:
         model: its structure.
@@ -124,12 +124,10 @@ def default_budget(
         blocks: names of the modules that may not be split.
         accelerator: whether a GPU executes.
     """
-    sizes = compute_module_sizes(model, specs=specs)
-    each = [sizes[name] for name in blocks]
-    slots = 2 * max(each, default=0)
-    resident = sizes[""] - sum(each) + slots + int(_RESIDENT_SHARE * sum(each))
-    if not accelerator:
-        return {"cpu": resident}
-    paged = [name for name in specs if name.startswith(tuple(f"{block}." for block in blocks))]
-    work = load_work_bytes(specs, paged)  # the slots come when it is gone
-    return {0: resident + max(0, work - slots), "cpu": int(_RAM_SHARE * sum(each))}
+    main: int | str = 0 if accelerator else "cpu"
+    resident = math.floor(_RESIDENT_SHARE * len(blocks))
+    in_ram = math.floor(_RAM_SHARE * len(blocks)) if accelerator else 0
+    places = [main] * resident + ["cpu"] * in_ram
+    device_map = {"": main, **dict.fromkeys(blocks, "disk"), **dict(zip(blocks, places, strict=False))}
+    whole = sorted({type(model.get_submodule(name)).__name__ for name in blocks})
+    return {**account(model, specs, device_map, main=main, no_split_module_classes=whole).least_memory}

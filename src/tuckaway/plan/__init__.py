@@ -4,7 +4,7 @@ import sys
 import types
 from typing import Any
 
-from tuckaway.plan.accounts import Accounts, DeviceMemory, account, load_work_bytes
+from tuckaway.plan.accounts import Accounts, DeviceMemory, account
 from tuckaway.plan.balance import get_balanced_memory
 from tuckaway.plan.device_map import (
     check_device_map,
@@ -46,7 +46,6 @@ __all__ = [
     "get_max_memory",
     "infer_auto_device_map",
     "known_speeds",
-    "load_work_bytes",
     "main_device_of",
     "memory_footprint",
     "output_head",

@@ -1,7 +1,9 @@
 """Bytes by device of a placed model, before it exists: :func:`account`.
 
-Pages, slots and paddings are asked of paging itself, so that the numbers are those that are allocated at run time.
-Resident tensors on an accelerator are rounded up as torch's allocator rounds them.
+Whoever needs a number of these (the planner, the search for a map, the loader's check of a plan, the demo's budget)
+asks here; nobody else adds up weights, slots, the ring and what loading takes. Pages, slots and paddings are asked of
+paging itself, so that the numbers are those that are allocated at run time. Resident tensors on an accelerator are
+rounded up as torch's allocator rounds them.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from tuckaway.checkpoint import PIECE_BYTES, Ring
 from tuckaway.paging.homes import kept_pages
 from tuckaway.paging.page import aligned
 from tuckaway.paging.transfer import bounce_nbytes
@@ -27,14 +30,8 @@ __all__ = ["Accounts", "DeviceMemory", "account", "host_ring_bytes", "load_work_
 ALLOCATION = 512
 """Bytes that torch's allocators of accelerators round every tensor up to."""
 
-_PIECE = 16 * 2**20
-"""Bytes of a piece of a checkpoint on its way to a device."""
-
 _PIECES = {False: 2, True: 4}
 """Pieces on the device at once: as read and as cast; to be quantized, also codes, scales and strips in fp32."""
-
-_RING = 16
-"""Pinned pieces in RAM towards an accelerator."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +104,11 @@ class Accounts:
     pages: PagePlan
     devices: Mapping[Device, DeviceMemory]
     places: Mapping[str, Device]
+
+    @property
+    def least_memory(self) -> dict[Device, int]:
+        """The smallest ``max_memory`` under which the model can be placed so, the reserve included; none for disk."""
+        return {d: memory.counted_bytes for d, memory in self.devices.items() if d != "disk"}
 
 
 def account(
@@ -199,7 +201,7 @@ def account(
 
 def host_ring_bytes(main: Device) -> int:
     """Bytes of RAM that a checkpoint passes through on its way to ``main``: at most, and only while loading."""
-    return (2 if main == "cpu" else _RING) * _PIECE
+    return Ring.towards(_stand_in(main)).count * PIECE_BYTES
 
 
 def load_work_bytes(specs: Mapping[str, TensorSpec], paged: Iterable[str] = ()) -> int:
@@ -216,8 +218,8 @@ def load_work_bytes(specs: Mapping[str, TensorSpec], paged: Iterable[str] = ()) 
     for name, spec in specs.items():
         source = 4 * math.prod(spec.shape)
         transposed = spec.layout is not None and spec.layout.transposed
-        pieces = _PIECES[spec.layout is not None] * min(source, _PIECE)
-        whole = source if transposed and source > _PIECE else 0
+        pieces = _PIECES[spec.layout is not None] * min(source, PIECE_BYTES)
+        whole = source if transposed and source > PIECE_BYTES else 0
         parts = spec.components()
         # nested scales are quantized when the last one is there: in fp32 until then
         scales = 4 * math.prod(parts["absmax"][0]) if "nested_absmax" in parts else 0
