@@ -173,7 +173,6 @@ NOT_COMPILED = {
     "Nystromformer": "does not compile with plain weights either",
     "PatchTST": "does not compile with plain weights either",
     "PaliGemma": "compiled with plain weights it computes something else",
-    "SwitchTransformers": "it converts its router's weights inside its forward",
 }
 OTHERS = [e.name for e in (*LANGUAGE, *PERCEPTION) if e.name not in (*REPRESENTATIVE, *NOT_COMPILED)]
 

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,8 @@ __all__ = ["ModelNames", "is_wild", "matches"]
 _log = logging.getLogger("tuckaway")
 
 _REGULAR = "re:"
+_OF_ROUTER = 8
+"""Parameters that a router has at most: those there are have one to four."""
 
 
 def is_wild(pattern: str) -> bool:
@@ -66,6 +69,18 @@ class ModelNames:
         if found or name.startswith("parametrizations."):
             return self.modules[path]
         return self.owner(name)
+
+    def in_router(self, name: str) -> bool:
+        """Tell whether a tensor is part of a router: of a module that says so in its class and has few parameters.
+
+        Not of the model itself, which may be a router of something else.
+        """
+        holders = (self.modules[path] for path in ancestors(name) if path and path in self.modules)
+        return any(
+            "Router" in type(module).__name__
+            and len(list(islice(module.parameters(), _OF_ROUTER + 1))) <= _OF_ROUTER
+            for module in holders
+        )
 
     def within(self, path: str) -> Iterator[str]:
         """Yield the names of the tensors at or below ``path``."""

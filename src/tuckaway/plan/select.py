@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from tuckaway.config import QuantizationConfig, as_dtype
 from tuckaway.errors import ConfigError, PlanError
+from tuckaway.plan.declared import declared_precise
 from tuckaway.plan.patterns import ModelNames, is_wild
 from tuckaway.plan.reasons import is_stored_transposed, quantized_spec, reason_against
 from tuckaway.plan.ties import named_tensors, tied_groups
@@ -146,6 +147,8 @@ class _Choice:
                 reason = reason_against(
                     names.user(name), own, tensor, self.config_of(name), self.plain, named=named
                 )
+                if reason is None and not named and names.in_router(name):
+                    reason = "a router"
             if reason is not None:
                 found[name] = reason
         for group in self.groups:
@@ -182,9 +185,20 @@ class _Choice:
             n for p in config.keep_in_fp32_modules or () for n in names.below(str(p), "keep_in_fp32_modules")
         }
         self._leave(dict.fromkeys(kept, "kept in fp32"))
+        kept |= self._leave_declared()
         self.fp32 = _with_ties(kept, self.groups)
         for pattern in config.skip_modules or ():
             self._leave({n: f"skipped: {pattern!r}" for n in names.below(str(pattern), "skip_modules")})
+
+    def _leave_declared(self) -> set[str]:
+        """Leave alone what the model's classes keep precise, unless it is named; return what of that is fp32."""
+        names = self.names
+        tensors = (*names.parameters, *names.buffers)
+        found = declared_precise(names.modules[""], tensors, self.plain)
+        found = {name: value for name, value in found.items() if name not in self._named}
+        reasons = {name: f"kept precise by its class ({attribute})" for name, (attribute, _) in found.items()}
+        self._leave({name: reason for name, reason in reasons.items() if name not in self._left})
+        return {name for name, (_, single) in found.items() if single}
 
     def _leave(self, reasons: Mapping[str, str]) -> None:
         self._left.update(reasons)

@@ -142,16 +142,13 @@ def _load(
 ) -> Any:
     from tuckaway.integrations.transformers.conversions import converted
     from tuckaway.integrations.transformers.quantizer import TuckawayQuantizer, forget_conversions
-    from tuckaway.integrations.transformers.selection import with_model_rules
 
     checkpoint, rules = converted(checkpoint, model, key_mapping)
     if options["device_map"] == "disk":
         options["device_map"] = {"": "disk"}
     final = quantization
-    if final is not None:
-        if final.dtype is None:
-            final = final.replace(dtype=options["dtype"])
-        final = with_model_rules(model, final, options["dtype"])
+    if final is not None and final.dtype is None:
+        final = final.replace(dtype=options["dtype"])
     model = run(model, checkpoint, final, **options)
     model._weight_conversions = rules
     if quantization is not None:

@@ -21,9 +21,9 @@ from tuckaway.checkpoint import read_header
 from tuckaway.config import QuantizationConfig
 from tuckaway.errors import PlanError
 from tuckaway.integrations.transformers.config import METHOD, TuckawayConfig
-from tuckaway.integrations.transformers.selection import choose
 from tuckaway.integrations.transformers.tensors import flat_state_dict
 from tuckaway.paging import materialize
+from tuckaway.plan import choose_specs
 from tuckaway.tensor import QuantizedTensor, TensorSpec
 
 __all__ = ["TuckawayQuantizer", "register"]
@@ -90,7 +90,7 @@ class TuckawayQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # a name that matches nothing is an error where the user wrote it, and no more than a warning in a saved config
         dtype = kwargs.get("dtype") or next((p.dtype for p in model.parameters()), None)
-        self.specs = choose(model, self.config, dtype, strict=not self.pre_quantized)
+        self.specs, _ = choose_specs(model, self.config, dtype=dtype, strict=not self.pre_quantized)
         if self.pre_quantized:
             self._expect_codes(model, kwargs.get("checkpoint_files"))
         return model
