@@ -36,11 +36,10 @@ def chosen(**options: object) -> tuple[dict[str, str], dict[str, torch.dtype]]:
 
 
 def test_what_a_class_names_is_left_alone_below_it() -> None:
-    reasons, dtypes = chosen()
+    reasons, _ = chosen()
     assert reasons["part.wo.weight"] == "kept precise by its class (_keep_in_fp32_modules)"
     assert reasons["part.gate.weight"] == "kept precise by its class (_keep_in_fp32_modules_strict)"
     assert not reasons.keys() & {"wo.weight", "part.wo_not.weight"}
-    assert set(dtypes.values()) == {torch.float32}
 
 
 @pytest.mark.parametrize(
