@@ -16,9 +16,11 @@ from tuckaway.cli.measure import perplexity, speed
 from tuckaway.cli.memory import peak_device_bytes, peak_process_bytes
 from tuckaway.cli.model import build, load, quantization_config, tokenizer_of
 from tuckaway.cli.options import (
+    BatchOption,
     DeviceMapOption,
     DTypeOption,
     Format,
+    FormatsOption,
     JsonOption,
     MaxMemoryOption,
     ModelArgument,
@@ -36,12 +38,7 @@ __all__ = ["command"]
 
 def command(
     model: ModelArgument,
-    format: Annotated[
-        list[Format],
-        typer.Option(
-            help="What the weights are quantized to. Several: each is measured in a process of its own."
-        ),
-    ] = [Format.nf4],  # noqa: B006  (typer copies it)
+    format: FormatsOption = [Format.nf4],  # noqa: B006  (typer copies it)
     dtype: DTypeOption = None,
     device_map: DeviceMapOption = None,
     max_memory: MaxMemoryOption = None,
@@ -49,7 +46,7 @@ def command(
     revision: RevisionOption = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 32,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    batch: BatchOption = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Measured runs, after one that is not counted.")] = 3,
     text: Annotated[
         Path | None,

@@ -12,7 +12,7 @@ from torch import nn
 
 from tuckaway.cli.answer import answer
 from tuckaway.cli.model import build, load, quantization_config, tokenizer_of
-from tuckaway.cli.options import Format, FormatOption, JsonOption, MaxMemoryOption
+from tuckaway.cli.options import Format, FormatOption, JsonOption, MaxMemoryOption, MaxNewTokensOption
 from tuckaway.cli.placement import placement, show_memory, show_placement, show_speed
 from tuckaway.cli.show import Screen
 from tuckaway.cli.smollm2 import REPOSITORY, smollm2
@@ -38,7 +38,7 @@ def command(
             help="A causal language model on the Hugging Face Hub or in a folder. Left out, SmolLM2-135M-Instruct.",
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer, at most.")] = 64,
+    max_new_tokens: MaxNewTokensOption = 64,
     json: JsonOption = False,
 ) -> None:
     """Quantize a real language model, spread it over GPU, RAM and disk, and let it answer.

@@ -25,16 +25,20 @@ from tuckaway.errors import ConfigError, TuckawayError
 from tuckaway.plan import parse_bytes
 
 __all__ = [
+    "BatchOption",
     "DTypeOption",
     "DeviceMap",
     "DeviceMapOption",
     "Format",
     "FormatOption",
+    "FormatsOption",
     "JsonOption",
     "MaxMemory",
     "MaxMemoryOption",
+    "MaxNewTokensOption",
     "ModelArgument",
     "OffloadFolderOption",
+    "OwnFormatOption",
     "RevisionOption",
     "Size",
     "parse_device_map",
@@ -149,7 +153,19 @@ ModelArgument = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A folder with config.json and weights, or an id on the Hub."),
 ]
-FormatOption = Annotated[Format, typer.Option("--format", help="What the weights are quantized to.")]
+_QUANTIZED = "What the weights are quantized to."
+FormatOption = Annotated[Format, typer.Option("--format", help=_QUANTIZED)]
+OwnFormatOption = Annotated[
+    Format | None, typer.Option("--format", help=f"{_QUANTIZED} Left out: as the checkpoint is, or nf4.")
+]
+FormatsOption = Annotated[
+    list[Format],
+    typer.Option("--format", help=f"{_QUANTIZED} Several: each is measured in a process of its own."),
+]
+MaxNewTokensOption = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer, at most.")
+]
+BatchOption = Annotated[int, typer.Option("--batch", min=1, help="Sequences at once.")]
 DTypeOption = Annotated[
     str | None,
     typer.Option(

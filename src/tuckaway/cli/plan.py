@@ -9,6 +9,7 @@ import typer
 
 import tuckaway
 from tuckaway.cli.options import (
+    BatchOption,
     DeviceMapOption,
     DTypeOption,
     JsonOption,
@@ -37,7 +38,7 @@ def command(
     dtype: DTypeOption = None,
     device_map: DeviceMapOption = None,
     max_memory: MaxMemoryOption = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    batch: BatchOption = 1,
     length: Annotated[int, typer.Option(min=1, help="Tokens of prompt and answer.")] = 2048,
     reserve: Annotated[
         Size | None,

@@ -17,11 +17,12 @@ from tuckaway.cli.model import Built, Loaded, build, load, quantization_config, 
 from tuckaway.cli.options import (
     DeviceMapOption,
     DTypeOption,
-    Format,
     JsonOption,
     MaxMemoryOption,
+    MaxNewTokensOption,
     ModelArgument,
     OffloadFolderOption,
+    OwnFormatOption,
     RevisionOption,
 )
 from tuckaway.cli.placement import placement, show_placement, show_speed
@@ -42,16 +43,13 @@ def command(
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="What the model is told before.")] = None,
-    format: Annotated[
-        Format | None,
-        typer.Option(help="What the weights are quantized to. Left out: as the checkpoint is, or nf4."),
-    ] = None,
+    format: OwnFormatOption = None,
     dtype: DTypeOption = None,
     device_map: DeviceMapOption = None,
     max_memory: MaxMemoryOption = None,
     offload_folder: OffloadFolderOption = None,
     revision: RevisionOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 512,
+    max_new_tokens: MaxNewTokensOption = 512,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 takes the likeliest token; 0.7 varies as chats often do.")
     ] = 0.0,
