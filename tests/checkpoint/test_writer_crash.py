@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,29 +12,23 @@ import pytest
 import generations
 from generations import ONE_FILE, SIX_SHARDS, TWO_SHARDS, generation_of
 from heavy import count
+from kills import victims
 from tuckaway.checkpoint import Checkpoint
 
 KILLS = count(20, 200)
 
-# Imports once, then forks a victim for every line it reads: a start of Python and torch takes longer than ten kills.
-ZYGOTE = """
-import os, random, sys, torch
-torch.set_num_threads(1)
+SETUP = """
+import random
 from pathlib import Path
 import generations
-
-for line in sys.stdin:
-    folder, generation, *sizes = line.split()
-    victim = os.fork()
-    if victim == 0:
-        for number in range(int(generation), int(generation) + 1000):
-            size = random.choice(sizes)
-            os.write(2, b"(")
-            generations.save(Path(folder), number, size)
-            os.write(2, b")")
-        os._exit(0)
-    print(victim, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(victim, 0)[1]), flush=True)
+"""
+JOB = """
+folder, generation, *sizes = words
+for number in range(int(generation), int(generation) + 1000):
+    size = random.choice(sizes)
+    began()
+    generations.save(Path(folder), number, size)
+    ended()
 """
 
 
@@ -49,40 +39,18 @@ for line in sys.stdin:
 def test_a_killed_writer_leaves_the_old_or_the_new_checkpoint(tmp_path, sizes):
     folder, log = tmp_path / "folder", tmp_path / "log"
     generations.save(folder, 0, TWO_SHARDS)
-    path = os.pathsep.join(p for p in sys.path if p)
-    generator = random.Random(0)
-    inside = advanced = 0
-    known = 0
-    with (
-        log.open("wb") as errors,
-        subprocess.Popen(
-            [sys.executable, "-c", ZYGOTE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        ) as zygote,
-    ):
-        assert zygote.stdin is not None
-        assert zygote.stdout is not None
+    inside = advanced = known = 0
+    with victims(SETUP, JOB, log) as hit:
         for _ in range(KILLS):
-            print(folder, known + 1, *sizes, file=zygote.stdin, flush=True)
-            victim = int(zygote.stdout.readline())
-            start = log.stat().st_size
-            while b"(" not in log.read_bytes()[start:] and time.sleep(0.001) is None:
-                pass
-            time.sleep(generator.uniform(0, 0.06))
-            os.kill(victim, signal.SIGKILL)
-            assert int(zygote.stdout.readline()) == -signal.SIGKILL  # confirmed dead
-            inside += log.read_bytes()[start:].endswith(b"(")
+            killed = hit(0.06, folder, known + 1, *sizes)
+            assert killed.status == -signal.SIGKILL
+            inside += killed.inside
             found = generation_of(folder)
             assert found is not None
             assert found >= known
             advanced += found > known
             known = found
             assert len(Checkpoint.open(folder).entries) == len(generations.NAMES)
-        zygote.stdin.close()
     print(f"{KILLS} kills, {inside} inside a save, {advanced} after another generation was there")
     assert inside >= KILLS / 2  # or the kills show nothing
     assert advanced >= KILLS / 10

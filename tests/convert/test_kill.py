@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,28 +11,19 @@ import pytest
 
 import tuckaway
 from heavy import count
+from kills import victims
 from loading import net
 from tuckaway.convert.staging import MANIFEST
 
 KILLS = count(10, 200)
 SHARD = 15_000
 
-# Imports once, then forks a victim for every line it reads: a start of Python and torch takes longer than ten kills.
-ZYGOTE = """
-import os, signal, sys, torch
-torch.set_num_threads(1)
-import tuckaway
-
-for line in sys.stdin:
-    source, target, size = line.split()
-    victim = os.fork()
-    if victim == 0:
-        os.write(2, b"(")
-        tuckaway.quantize_checkpoint(source, target, "nf4", max_shard_size=int(size))
-        os.write(2, b")")
-        signal.pause()  # to be killed all the same: its number must be no other's
-    print(victim, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(victim, 0)[1]), flush=True)
+JOB = """
+source, target, size = words
+began()
+tuckaway.quantize_checkpoint(source, target, "nf4", max_shard_size=int(size))
+ended()
+signal.pause()  # to be killed all the same: its number must be no other's
 """
 
 
@@ -56,34 +44,13 @@ def test_every_kill_is_followed_by_the_undisturbed_result(tmp_path):
     span = 1.2 * (time.perf_counter() - began)
     expected = contents(tmp_path / "undisturbed")
     assert len(expected) > 6
-    path = os.pathsep.join(p for p in sys.path if p)
-    generator = random.Random(0)
     inside = resumed = 0
-    with (
-        log.open("wb") as errors,
-        subprocess.Popen(
-            [sys.executable, "-c", ZYGOTE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        ) as zygote,
-    ):
-        assert zygote.stdin is not None
-        assert zygote.stdout is not None
+    with victims("import tuckaway", JOB, log) as hit:
         for number in range(KILLS):
             target = tmp_path / "work" / f"{number}"
-            start = log.stat().st_size
-            print(source, target, SHARD, file=zygote.stdin, flush=True)
-            victim = int(zygote.stdout.readline())
-            while b"(" not in log.read_bytes()[start:] and time.sleep(0.0005) is None:
-                pass
-            time.sleep(generator.uniform(0, span))
-            os.kill(victim, signal.SIGKILL)
-            assert int(zygote.stdout.readline()) == -signal.SIGKILL  # confirmed dead
-            killed = log.read_bytes()[start:].endswith(b"(")
-            inside += killed
+            found = hit(span, source, target, SHARD)
+            assert found.status == -signal.SIGKILL
+            inside += found.inside
             assert not target.exists() or contents(target) == expected
             done = tuckaway.quantize_checkpoint(source, target, "nf4", max_shard_size=SHARD)
             resumed += 0 < done.kept_shards < len(done.files)
@@ -92,7 +59,6 @@ def test_every_kill_is_followed_by_the_undisturbed_result(tmp_path):
             for path in [*target.iterdir()]:
                 path.unlink()
             target.rmdir()
-        zygote.stdin.close()
     print(f"{KILLS} kills, {inside} inside a conversion, {resumed} resumed behind finished shards")
     assert inside >= KILLS / 2  # or the kills show nothing
     assert resumed >= KILLS / 10  # and not all before the first shard

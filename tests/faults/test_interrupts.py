@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,15 +11,14 @@ import pytest
 import generations
 import tuckaway
 from heavy import count
+from kills import victims
 from loading import net
 
 NUMBER = count(8, 60)
 CLEAN, DIRTY = 40, 41
 
-# Imports once and forks a victim for every line. A victim works until it is interrupted, and then looks around.
-ZYGOTE = """
-import gc, os, random, signal, sys, threading, traceback, torch
-torch.set_num_threads(1)
+SETUP = """
+import gc, random, threading, traceback
 from pathlib import Path
 import generations, tuckaway
 from loading import FP32, empty_net
@@ -45,37 +40,35 @@ def convert(number):
     tuckaway.quantize_checkpoint(folder / "checkpoint", folder / f"converted-{number}", FP32, max_shard_size="15kB")
 
 fill(0)
-for line in sys.stdin:
-    job, start = line.split()
-    victim = os.fork()
-    if victim == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        before = len(os.listdir("/proc/self/fd"))
-        code = 41
-        try:
-            try:
-                os.write(2, b"(")
-                for number in range(int(start), int(start) + 1000):
-                    globals()[job](number)
-            except KeyboardInterrupt as error:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-                error = None
-            gc.collect()
-            for thread in threading.enumerate():  # an interrupt may end the wait for them, not them
-                if thread is not threading.main_thread():
-                    thread.join(10)
-            after = len(os.listdir("/proc/self/fd"))
-            alive = [t.name for t in threading.enumerate() if t is not threading.main_thread()]
-            code = 40
-            # one descriptor may be lost: by an interrupt right between open(2) and the assignment of its number
-            if after > before + 1 or alive:
-                os.write(1, f"left: {before} -> {after} {alive}\\n".encode())
-                code = 42
-        except BaseException:
-            os.write(1, traceback.format_exc().replace("\\n", "|").encode() + b"\\n")
-        os._exit(code)
-    print(victim, flush=True)
-    print("ended", os.waitstatus_to_exitcode(os.waitpid(victim, 0)[1]), flush=True)
+"""
+# a victim works until it is interrupted, and then looks around
+JOB = """
+job, start = words
+signal.signal(signal.SIGINT, signal.default_int_handler)
+before = len(os.listdir("/proc/self/fd"))
+code = 41
+try:
+    try:
+        began()
+        for number in range(int(start), int(start) + 1000):
+            globals()[job](number)
+    except KeyboardInterrupt as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        error = None
+    gc.collect()
+    for thread in threading.enumerate():  # an interrupt may end the wait for them, not them
+        if thread is not threading.main_thread():
+            thread.join(10)
+    after = len(os.listdir("/proc/self/fd"))
+    alive = [t.name for t in threading.enumerate() if t is not threading.main_thread()]
+    code = 40
+    # one descriptor may be lost: by an interrupt right between open(2) and the assignment of its number
+    if after > before + 1 or alive:
+        os.write(1, f"left: {before} -> {after} {alive}\\n".encode())
+        code = 42
+except BaseException:
+    os.write(1, traceback.format_exc().replace("\\n", "|").encode() + b"\\n")
+os._exit(code)
 """
 
 
@@ -86,33 +79,11 @@ for line in sys.stdin:
 def test_an_interrupt_at_any_moment(tmp_path: Path, job: str) -> None:
     tuckaway.save_model(net(), tmp_path / "checkpoint", max_shard_size="60kB")
     generations.save(tmp_path / "saved", 1, generations.TWO_SHARDS)
-    log, generator = tmp_path.parent / f"{tmp_path.name}.log", random.Random(0)
-    path = os.pathsep.join(p for p in sys.path if p)
-    with (
-        log.open("wb") as errors,
-        subprocess.Popen(
-            [sys.executable, "-c", ZYGOTE, tmp_path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        ) as zygote,
-    ):
-        assert zygote.stdin is not None
-        assert zygote.stdout is not None
+    log = tmp_path.parent / f"{tmp_path.name}.log"
+    with victims(SETUP, JOB, log, tmp_path) as hit:
         for number in range(NUMBER):
-            start = log.stat().st_size
-            print(job, 2 + number % 100, file=zygote.stdin, flush=True)
-            victim = int(zygote.stdout.readline())
-            while b"(" not in log.read_bytes()[start:] and time.sleep(0.0005) is None:
-                pass
-            time.sleep(generator.uniform(0, 0.08))
-            os.kill(victim, signal.SIGINT)
-            said = []
-            while not (line := zygote.stdout.readline()).startswith("ended"):
-                said.append(line)
-            assert line.split()[1] == str(CLEAN), said
+            found = hit(0.08, job, 2 + number % 100, number=signal.SIGINT)
+            assert found.status == CLEAN, found.said
             left = [
                 str(p.relative_to(tmp_path))
                 for p in tmp_path.rglob(".*")
@@ -120,4 +91,3 @@ def test_an_interrupt_at_any_moment(tmp_path: Path, job: str) -> None:
             ]
             assert not [name for name in left if name.endswith(".tmp")], left
             assert generations.generation_of(tmp_path / "saved") is not None
-        zygote.stdin.close()
