@@ -21,6 +21,10 @@ Grid = tuple[int, int, int]
 
 _INT32: Final = 1 << 31
 
+STREAM: Final = 3
+FIRST_ADDRESS: Final = 9
+"""Where the arguments of a compiled kernel's ``run`` have these."""
+
 
 @cache
 def has_ptx() -> bool:
@@ -51,7 +55,7 @@ def processors(device: torch.device) -> int:
 
 
 @cache
-def _launch_hooks() -> tuple[list[Any], list[Any]] | None:
+def launch_hooks() -> tuple[list[Any], list[Any]] | None:
     """Return the hooks that profilers enter, or None if this Triton's kernels must not be called directly.
 
     The arguments of ``CompiledKernel.run`` are the same from Triton 3.6 to 3.9; a later one takes Triton's own way
@@ -167,20 +171,24 @@ class Launch:
             self._compile(key, index, tensors)
             return
         (run, function, metadata), rest = found
-        hooks = _launch_hooks()
+        hooks = launch_hooks()
         if hooks is None or hooks[0] or hooks[1]:
             self._triton(tensors)
             return
         stream = torch._C._cuda_getCurrentRawStream(index)
         run(*self._grid, stream, function, metadata, None, None, None, *pointers, *rest)
 
-    def bind(self, *tensors: torch.Tensor | None) -> BoundLaunch:
-        """Return the launch with these tensors fixed too; those that are None are given at each call."""
-        return BoundLaunch(self, tensors)
+    def compiled_for(self, tensors: Sequence[torch.Tensor]) -> tuple[Callable[..., None], list[Any]] | None:
+        """Return what was compiled for these tensors, and its arguments; None: nothing yet, or for other addresses.
 
-    def _ready_for(self, tensors: Sequence[torch.Tensor]) -> tuple[_Ready, tuple[Any, ...]] | None:
-        """Return what was compiled for aligned tensors of these dtypes and devices."""
-        return self._ready.get((*[t.dtype for t in tensors], *[t.get_device() for t in tensors]))
+        In the arguments the stream is at `STREAM`, the tensors' addresses from `FIRST_ADDRESS` on.
+        """
+        ready = self._ready.get((*[t.dtype for t in tensors], *[t.get_device() for t in tensors]))
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        if ready is None or any(pointer & 15 for pointer in pointers):
+            return None
+        (run, function, metadata), rest = ready
+        return run, [*self._grid, 0, function, metadata, None, None, None, *pointers, *rest]
 
     def _compile(self, key: tuple[Any, ...], index: int, tensors: tuple[torch.Tensor, ...]) -> None:
         """Launch through Triton, unless another `Launch` met the same kernel, and remember what it compiled."""
@@ -192,7 +200,7 @@ class Launch:
             self._run(index, tensors)
             return
         compiled = self._triton(tensors)
-        if _launch_hooks() is None or compiled is None:
+        if launch_hooks() is None or compiled is None:
             return
         ready = compiled.run, compiled.function, compiled.packed_metadata
         if ready[1] is not None:
@@ -206,53 +214,3 @@ class Launch:
                 views[i] = views[i].view(-1).view(torch.int32)
             tensors = tuple(views)
         return self._kernel[self._grid](*tensors, *self._integers, **self._constants, **self._options)
-
-
-class BoundLaunch:
-    """A launch of which some tensors are settled: the others' addresses are all that is looked up at a call.
-
-    Args:
-        launch: the launch.
-        tensors: its tensors, None for those that are given at each call. They must stay where they are, and what is
-            given must be of the dtype and on the device of the first call.
-    """
-
-    __slots__ = ("_free", "_index", "_launch", "_pointers", "_ready", "_tensors")
-
-    def __init__(self, launch: Launch, tensors: Sequence[torch.Tensor | None]) -> None:
-        self._launch = launch
-        self._tensors = tuple(tensors)
-        self._free = tuple(i for i, tensor in enumerate(tensors) if tensor is None)
-        self._pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        self._index = -1
-        self._ready: tuple[_Ready, tuple[Any, ...]] | None = None
-
-    def __call__(self, *free: torch.Tensor) -> None:
-        """Launch with the tensors that were left open, in their order."""
-        pointers = self._pointers.copy()
-        together = 0
-        for i, tensor in zip(self._free, free, strict=True):
-            pointers[i] = pointer = tensor.data_ptr()
-            together |= pointer
-        ready, hooks = self._ready, _launch_hooks()
-        if (
-            ready is None
-            or together & 15
-            or hooks is None
-            or hooks[0]
-            or hooks[1]
-            or torch.accelerator.current_device_index() != self._index
-        ):
-            self._whole(free)
-            return
-        (run, function, metadata), rest = ready
-        stream = torch._C._cuda_getCurrentRawStream(self._index)
-        run(*self._launch._grid, stream, function, metadata, None, None, None, *pointers, *rest)
-
-    def _whole(self, free: tuple[torch.Tensor, ...]) -> None:
-        given = iter(free)
-        tensors = [next(given) if tensor is None else tensor for tensor in self._tensors]
-        self._launch(*tensors)
-        if not any(tensor.data_ptr() & 15 for tensor in tensors):
-            self._index = tensors[0].get_device()
-            self._ready = self._launch._ready_for(tensors)

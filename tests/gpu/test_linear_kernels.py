@@ -218,14 +218,23 @@ def test_llm_int8_equals_the_reference(
         assert torch.equal(first, expected)
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 16])
+BOUND = {
+    "nf4": {"format": "nf4", "nested": False},
+    "nf4 nested": {"format": "nf4"},
+    "LLM.int8()": {"format": "int8", "int8_threshold": 6.0},
+    "LLM.int8() without outliers": {"format": "int8", "int8_threshold": 0.0},
+    "int8": {"format": "int8", "int8_threshold": None},
+}
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 16, 17, 64, 128])
 @pytest.mark.parametrize("bias", [False, True])
-def test_what_a_weight_keeps_gives_the_bits_of_the_op(m: int, bias: bool) -> None:
+@pytest.mark.parametrize("kind", BOUND)
+def test_what_a_weight_keeps_gives_the_bits_of_the_op(m: int, bias: bool, kind: str) -> None:
     """`F.linear` with nothing but a result wanted goes past the dispatcher; with a gradient it does not."""
     for dtype in (torch.bfloat16, torch.float16):
-        weight = quantize(
-            torch.randn(512, 1024, device=gpu(), dtype=dtype), QuantizationConfig(compute_dtype=dtype)
-        )
+        config = QuantizationConfig(**BOUND[kind], compute_dtype=dtype)
+        weight = quantize(torch.randn(512, 1024, device=gpu(), dtype=dtype), config)
         added = torch.randn(512, device=gpu(), dtype=dtype) if bias else None
         room = inputs(m + 1, 1024, dtype)
         shapes = room[:m], room[:m].view(1, m, 1024), room.view(-1)[1 : 1 + m * 1024].view(m, 1024)
@@ -237,6 +246,22 @@ def test_what_a_weight_keeps_gives_the_bits_of_the_op(m: int, bias: bool) -> Non
         with torch.no_grad():
             weight.add_(0.25)  # codes change where they lie
             assert torch.equal(F.linear(room[:m], weight), weight_product(room[:m], weight))
+
+
+def test_bound_products_of_many_weights_at_once_keep_apart() -> None:
+    """What launches leave for each other is given back at once: the next product may get the same memory."""
+    config = QuantizationConfig(format="int8", int8_threshold=6.0, compute_dtype=None)
+    weights = [quantize(torch.randn(512, 1024, device=gpu(), dtype=torch.float16), config) for _ in range(4)]
+    inputs_ = [inputs(4, 1024, torch.float16) for _ in range(32)]
+    expected = [[weight_product(x, w) for w in weights] for x in inputs_]
+    with torch.no_grad():
+        for _ in range(3):
+            found = [[F.linear(x, w) for w in weights] for x in inputs_]
+            assert all(
+                torch.equal(a, b)
+                for e, f in zip(expected, found, strict=True)
+                for a, b in zip(e, f, strict=True)
+            )
 
 
 def weight_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 from tuckaway_kernels.codebooks import dynamic_map
 from tuckaway_kernels.launching import Launch, overlaps
+from tuckaway_kernels.nested_scales.launch import dequantize_launch
+from tuckaway_kernels.plans import OUT, SETTLED, Plan, Room, X
 from tuckaway_kernels.selection import Choice
 
 _COMBINE_TILE = 512
 _ROW_TILE = 8192
 
+CODES, SCALES, NESTED, OFFSET, DYNAMIC, BIAS = range(SETTLED, SETTLED + 6)
+"""Operands of the plans, in the order of `settled_tensors`."""
 
-@dataclass(frozen=True)
-class _Plan:
-    """The launches of one product."""
 
-    prepare: Launch | None  # x in fp16, its powers of two taken out, in the order tensor cores take it
-    multiply: Launch
-    combine: Launch | None
+def settled_tensors(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    nested_absmax: torch.Tensor | None,
+    nested_offset: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """Return what a plan multiplies by; what is not there is never read."""
+    return (
+        codes,
+        scales,
+        scales if nested_absmax is None else nested_absmax,
+        scales if nested_offset is None else nested_offset,
+        dynamic_map(codes.device),
+        scales if bias is None else bias,
+    )
 
 
 def fused_product(
@@ -50,44 +63,30 @@ def fused_product(
         format: ``"nf4"`` or ``"fp4"``.
         blocksize: weights sharing one scale.
         choice: from `selection.choose_4bit`.
+        overlap: launches may begin before those in front of them have ended; None: where the GPU can.
     """
     m, rows = out.shape
-    cols = x.shape[1]
-    if nested_absmax is not None and nested_offset is not None and choice.tile_m == 64:
-        # with one block a step a scale is looked up 8 times over, 14 us for 8192x8192; restored at once it is 4 us
-        scales = torch.ops.tuckaway.dequantize_nested(scales, nested_absmax, nested_offset)
-        nested_absmax = nested_offset = None
-    nested = nested_absmax is not None
-    bf16 = x.dtype == torch.bfloat16
-    if overlap is None:
-        overlap = overlaps(x.device)
-    plan = plan_of(choice, m, rows, cols, format, blocksize, nested, bias is not None, bf16, overlap)
-    shared = (
-        codes,
-        scales,
-        scales if nested_absmax is None else nested_absmax,
-        scales if nested_offset is None else nested_offset,
-        dynamic_map(x.device),
+    nested, bf16 = nested_absmax is not None, x.dtype == torch.bfloat16
+    plan = plan_of(
+        choice,
+        x.device,
+        m,
+        rows,
+        x.shape[1],
+        format,
+        blocksize,
+        nested,
+        bias is not None,
+        bf16,
+        overlap,
     )
-    added = scales if bias is None else bias
-    target = out
-    if choice.split > 1:
-        target = torch.empty((choice.split, m, rows), dtype=torch.float32, device=x.device)
-    if plan.prepare is None:
-        plan.multiply(x, *shared, added, target)
-    else:
-        padded = -(-m // choice.tile_m) * choice.tile_m
-        ordered = torch.empty((padded, cols), dtype=torch.float16, device=x.device)
-        powers = torch.empty((choice.split, m), dtype=torch.float32, device=x.device)
-        plan.prepare(x, ordered, powers)
-        plan.multiply(ordered, powers, *shared, added, target)
-    if plan.combine is not None:
-        plan.combine(target, added, out)
+    plan.run(x, out, *settled_tensors(codes, scales, nested_absmax, nested_offset, bias))
 
 
 @lru_cache(maxsize=1024)
 def plan_of(
     choice: Choice,
+    device: torch.device,
     m: int,
     rows: int,
     cols: int,
@@ -96,17 +95,41 @@ def plan_of(
     nested: bool,
     bias: bool,
     bf16: bool,
-    overlap: bool = False,
-) -> _Plan:
+    overlap: bool | None = None,
+) -> Plan:
     """Return the launches of a product ``[m, cols] @ [rows, cols]^T``; arguments as `fused_product` has them."""
-    combine = combine_launch(choice.split, m, rows, bias, overlap)
+    if overlap is None:
+        overlap = overlaps(device)
+    steps: list[tuple[Launch, tuple[int, ...]]] = []
+    rooms: list[Room] = []
+
+    def room(*shape: int, dtype: torch.dtype = torch.float32) -> int:
+        rooms.append(Room(shape, dtype))
+        return ~(len(rooms) - 1)
+
+    scales: tuple[int, ...] = SCALES, NESTED, OFFSET
+    if nested and choice.tile_m == 64:
+        # with one block a step a scale is looked up 8 times over, 14 us for 8192x8192; restored at once it is 4 us
+        restored = room(-(-rows * cols // blocksize))
+        restore = dequantize_launch(-(-rows * cols // blocksize))
+        steps.append((restore, (*scales, DYNAMIC, restored)))
+        scales, nested = (restored, restored, restored), False
+    target = OUT if choice.split == 1 else room(choice.split, m, rows)
+    settled = CODES, *scales, DYNAMIC, BIAS
     if choice.kernel == "gemv":
-        return _Plan(None, _gemv(choice, rows, cols, format, blocksize, nested, bias, bf16), combine)
-    return _Plan(
-        _order(choice, m, cols, overlap),
-        _fragments(choice, m, rows, cols, format, blocksize, nested, bias, overlap),
-        combine,
-    )
+        multiply = _gemv(choice, rows, cols, format, blocksize, nested, bias, bf16)
+        steps.append((multiply, (X, *settled, target)))
+    else:
+        # x in fp16, its powers of two taken out, in the order tensor cores take it
+        ordered = room(-(-m // choice.tile_m) * choice.tile_m, cols, dtype=torch.float16)
+        powers = room(choice.split, m)
+        steps.append((_order(choice, m, cols, overlap), (X, ordered, powers)))
+        multiply = _fragments(choice, m, rows, cols, format, blocksize, nested, bias, overlap)
+        steps.append((multiply, (ordered, powers, *settled, target)))
+    combine = combine_launch(choice.split, m, rows, bias, overlap)
+    if combine is not None:
+        steps.append((combine, (target, BIAS, OUT)))
+    return Plan(tuple(steps), tuple(rooms))
 
 
 def _gemv(

@@ -12,6 +12,7 @@ from tuckaway_kernels.dequantize_int8.reference import INVERSE_127
 from tuckaway_kernels.launching import Launch, has_ptx, kernel_reciprocal_table
 from tuckaway_kernels.linear_4bit.fused import combine_launch
 from tuckaway_kernels.linear_int8.reference import INVERSE_127_SQUARED
+from tuckaway_kernels.plans import OUT, SETTLED, Plan, Room, X
 from tuckaway_kernels.selection import Choice
 
 MOST_SCANNED_ROWS: Final = 16
@@ -28,20 +29,13 @@ def weight_only_product(
 ) -> None:
     """Write ``x @ S^T + bias`` to ``out`` ``[m, rows]``, just allocated; ``x`` ``[m, cols]`` contiguous."""
     m, rows = out.shape
-    multiply, combine = _weight_only_plan(choice, m, rows, x.shape[1], bias is not None)
-    added = absmax if bias is None else bias
-    if combine is None:
-        multiply(x, codes, absmax, added, out)
-        return
-    partial = torch.empty((choice.split, m, rows), dtype=torch.float32, device=x.device)
-    multiply(x, codes, absmax, added, partial)
-    combine(partial, added, out)
+    plan = weight_only_plan(choice, m, rows, x.shape[1], bias is not None)
+    plan.run(x, out, codes, absmax, absmax if bias is None else bias)
 
 
 @lru_cache(maxsize=1024)
-def _weight_only_plan(
-    choice: Choice, m: int, rows: int, cols: int, bias: bool
-) -> tuple[Launch, Launch | None]:
+def weight_only_plan(choice: Choice, m: int, rows: int, cols: int, bias: bool) -> Plan:
+    """Return the launches of a product by decoded weights; settled are codes, scales and bias (if any)."""
     from tuckaway_kernels.linear_int8.kernel import gemv_kernel, mma_kernel
 
     split = choice.split
@@ -78,7 +72,12 @@ def _weight_only_plan(
             stages=choice.stages,
             aligned=True,
         )
-    return multiply, combine_launch(split, m, rows, bias)
+    codes, absmax, added = range(SETTLED, SETTLED + 3)
+    combine = combine_launch(split, m, rows, bias)
+    if combine is None:
+        return Plan(((multiply, (X, codes, absmax, added, OUT)),))
+    parts = (multiply, (X, codes, absmax, added, ~0)), (combine, (~0, added, OUT))
+    return Plan(parts, (Room((split, m, rows), torch.float32),))
 
 
 @dataclass(frozen=True)
@@ -113,13 +112,6 @@ def llm_tile(m: int) -> LlmTile:
     return LlmTile(128, 128, 128, 8, 4)  # 4,096 rows: 230 (247)
 
 
-@dataclass(frozen=True)
-class _LlmPlan:
-    find: Launch | None
-    quantize: Launch
-    multiply: Launch
-
-
 def llm_int8_product(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -131,21 +123,30 @@ def llm_int8_product(
 ) -> None:
     """Write LLM.int8()'s product to ``out`` ``[m, rows]``; ``x`` ``[m, cols]`` contiguous. Four launches at most."""
     m, cols = x.shape
-    rows = codes.shape[0]
-    device = x.device
+    plan = llm_plan(m, codes.shape[0], cols, threshold, bias, tile)
+    plan.run(x, out, *llm_settled(codes, absmax, bias, threshold))
+
+
+def llm_plan(
+    m: int, rows: int, cols: int, threshold: float, bias: torch.Tensor | None, tile: LlmTile | None = None
+) -> Plan:
+    """Return the launches of LLM.int8()'s product; settled are what `llm_settled` gives."""
     kind = 0 if bias is None else 1 if bias.dtype == torch.float16 else 2
-    plan = _llm_plan(m, rows, cols, threshold > 0.0, kind, tile or llm_tile(m))
-    quantized = torch.empty((m, cols), dtype=torch.int8, device=device)
-    scales = torch.empty(m, dtype=torch.float32, device=device)
-    flags, outliers = quantized, scales
-    limit = _threshold(threshold, device)
-    if threshold > 0.0:
-        outliers = torch.empty(1 + cols, dtype=torch.int32, device=device)
-    if plan.find is not None:
-        flags = torch.zeros(cols, dtype=torch.int8, device=device)
-        plan.find(x, flags, limit)
-    plan.quantize(x, flags, limit, quantized, scales, outliers, kernel_reciprocal_table(device))
-    plan.multiply(quantized, codes, scales, absmax, absmax if bias is None else bias, x, outliers, out)
+    return _llm_plan(m, rows, cols, threshold > 0.0, kind, tile or llm_tile(m))
+
+
+def llm_settled(
+    codes: torch.Tensor, absmax: torch.Tensor, bias: torch.Tensor | None, threshold: float
+) -> tuple[torch.Tensor, ...]:
+    """Return codes, scales, bias (if any), the threshold and the table of reciprocals."""
+    device = codes.device
+    return (
+        codes,
+        absmax,
+        absmax if bias is None else bias,
+        _threshold(threshold, device),
+        kernel_reciprocal_table(device),
+    )
 
 
 @cache
@@ -154,18 +155,27 @@ def _threshold(threshold: float, device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _llm_plan(m: int, rows: int, cols: int, outliers: bool, bias: int, tile: LlmTile) -> _LlmPlan:
+def _llm_plan(m: int, rows: int, cols: int, outliers: bool, bias: int, tile: LlmTile) -> Plan:
     from tuckaway_kernels.linear_int8.llm_kernel import (
         find_outliers_kernel,
         integer_kernel,
         quantize_activations_kernel,
     )
 
-    find = None
+    codes, absmax, added, limit, table = range(SETTLED, SETTLED + 5)
+    rooms = [Room((m, cols), torch.int8), Room((m,), torch.float32)]
+    quantized, scales = flags, listed = ~0, ~1
+    if outliers:
+        rooms.append(Room((1 + cols,), torch.int32))
+        listed = ~2
+    steps: list[tuple[Launch, tuple[int, ...]]] = []
     scan = outliers and m <= MOST_SCANNED_ROWS
     if outliers and not scan:
         grid = -(-cols // 256), -(-m // 64), 1
         find = Launch(find_outliers_kernel, grid, (m, cols), {"ROWS": 64, "COLUMNS": 256}, warps=4)
+        rooms.append(Room((cols,), torch.int8, zeros=True))
+        flags = ~3
+        steps.append((find, (X, flags, limit)))
     width = min(1 << (cols - 1).bit_length(), 4096)
     quantize = Launch(
         quantize_activations_kernel,
@@ -193,4 +203,8 @@ def _llm_plan(m: int, rows: int, cols: int, outliers: bool, bias: int, tile: Llm
         warps=tile.warps,
         stages=tile.stages,
     )
-    return _LlmPlan(find, quantize, multiply)
+    steps += [
+        (quantize, (X, flags, limit, quantized, scales, listed, table)),
+        (multiply, (quantized, codes, scales, absmax, added, X, listed, OUT)),
+    ]
+    return Plan(tuple(steps), tuple(rooms))

@@ -69,12 +69,13 @@ def launch_dequantize(codes: torch.Tensor, nested_absmax: torch.Tensor, offset: 
     out = torch.empty(nb, dtype=torch.float32, device=codes.device)
     if nb == 0:
         return out
-    _prepared_dequantize(nb)(codes, nested_absmax, offset, dynamic_map(codes.device), out)
+    dequantize_launch(nb)(codes, nested_absmax, offset, dynamic_map(codes.device), out)
     return out
 
 
 @lru_cache(maxsize=1024)
-def _prepared_dequantize(nb: int) -> Launch:
+def dequantize_launch(nb: int) -> Launch:
+    """Return the launch that restores ``nb`` scales: of codes, nested absmax, offset, dynamic map and the result."""
     from tuckaway_kernels.nested_scales.kernel import dequantize_nested_kernel
 
     constants = {"BLOCKSIZE": NESTED_BLOCKSIZE, "BLOCKS": BLOCKS, "PTX": has_ptx()}

@@ -36,7 +36,7 @@ from tuckaway.formats.base import (
 )
 from tuckaway.formats.layout import Components, Layout, Shape, Specs
 from tuckaway_kernels.codebooks import codebook, dynamic_map
-from tuckaway_kernels.linear_4bit.bound import BoundProduct
+from tuckaway_kernels.linear_4bit.bound import bind_4bit
 
 __all__ = ["NESTED_BLOCKSIZE", "FourBit"]
 
@@ -114,7 +114,7 @@ class FourBit(Format):
         compute_dtype = layout.compute_dtype
         direct = None
         if transpose and codes.device.type == "cuda" and type(codes) is torch.Tensor:  # not a compiler's fake
-            direct = BoundProduct(codes, scales, nested, offset, *options[:-1], compute_dtype)
+            direct = bind_4bit(codes, scales, nested, offset, *options[:-1], compute_dtype)
 
         def linear(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             if direct is not None and (done := direct(x, bias)) is not None:

@@ -18,6 +18,7 @@ import tuckaway_kernels  # noqa: F401  (registers torch.ops.tuckaway)
 from tuckaway.errors import CheckpointError
 from tuckaway.formats.base import BoundLinear, Emit, Entries, Format, PieceQuantizer, Serialized, register
 from tuckaway.formats.layout import Components, Layout, Shape, Specs
+from tuckaway_kernels.linear_int8.bound import bind_int8
 
 __all__ = ["Int8"]
 
@@ -67,8 +68,13 @@ class Int8(Format):
         # LLM.int8() quantizes rows of x along the dimension that rows of W run along; x @ S has no such product
         threshold = layout.int8_threshold if transpose else None
         compute_dtype = layout.compute_dtype
+        direct = None
+        if transpose and codes.device.type == "cuda" and type(codes) is torch.Tensor:  # not a compiler's fake
+            direct = bind_int8(codes, absmax, threshold, compute_dtype)
 
         def linear(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            if direct is not None and (done := direct(x, bias)) is not None:
+                return done
             result: torch.Tensor = op(x, codes, absmax, bias, threshold, transpose, compute_dtype or x.dtype)
             return result
 

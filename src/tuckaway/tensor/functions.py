@@ -22,18 +22,22 @@ __all__: list[str] = []
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    if type(weight) is not QuantizedTensor or weight.dim() != 2 or isinstance(input, QuantizedTensor):
+    if type(weight) is not QuantizedTensor or isinstance(input, QuantizedTensor):
         return NotImplemented
-    kind = input.device.type
-    if torch.is_autocast_enabled(kind):
-        input = input.to(torch.get_autocast_dtype(kind))
+    # nothing here asks the weight for what torch overrides (its dim() alone was 0.9 us of the call's 2.7)
     linear = weight._bound_linear or _bind(weight)
+    if linear is None:
+        return NotImplemented
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(kind := input.device.type):
+        input = input.to(torch.get_autocast_dtype(kind))
     with torch._C.DisableTorchFunctionSubclass():
         return linear(input, bias)
 
 
-def _bind(weight: QuantizedTensor) -> BoundLinear:
-    """Keep with the weight what ``F.linear`` on it does, all but the input settled: 2 of 17 us a call."""
+def _bind(weight: QuantizedTensor) -> BoundLinear | None:
+    """Keep with a matrix what ``F.linear`` on it does, all but the input settled; None if the weight is none."""
+    if weight.dim() != 2:
+        return None
     layout = weight.layout_info
     bound = format_of(layout.format).bound_linear(weight.components, layout, not layout.transposed)
     weight._bound_linear = bound
