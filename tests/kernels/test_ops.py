@@ -24,6 +24,7 @@ def arguments() -> dict[str, tuple[object, ...]]:
         "dequantize_4bit": (codes, absmax, "nf4", 64, [33, 77], torch.bfloat16),
         "dequantize_4bit_out": (codes, absmax, "nf4", 64, x.clone()),
         "quantize_nested": (absmax,),
+        "quantize_nested_out": (absmax, *(torch.empty_like(part) for part in nested)),
         "dequantize_nested": nested,
         "quantize_int8": (x,),
         "quantize_int8_out": (x, rows, scales),

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from tuckaway_kernels.linear_4bit.kernel import load_scale, rows_together
-from tuckaway_kernels.linear_4bit.table import after_launch_before, begin_next_launch, fill_table, look_up
+from tuckaway_kernels.linear_4bit.table import fill_table, look_up
+from tuckaway_kernels.overlap import after_launch_before, begin_next_launch
 
 
 def _fragments() -> str:

@@ -21,11 +21,8 @@ from tuckaway_kernels.linear_4bit.decode import (
     scale_fp16_pair,
     sum_of_pair,
 )
-from tuckaway_kernels.linear_4bit.table import (
-    add_looked_up,
-    after_launch_before,
-    fill_table,
-)
+from tuckaway_kernels.linear_4bit.table import add_looked_up, fill_table
+from tuckaway_kernels.overlap import after_launch_before
 
 
 @triton.jit

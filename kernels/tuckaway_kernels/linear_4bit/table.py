@@ -124,27 +124,6 @@ def fill_table(THREADS: tl.constexpr, FP4: tl.constexpr):
 
 
 @triton.jit
-def after_launch_before(value):
-    """``value`` (int32), once all that the launch before this one has written is there."""
-    return tl.inline_asm_elementwise(
-        "griddepcontrol.wait; mov.u32 $0, $1;", "=r,r", [value], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def begin_next_launch(value):
-    """``value`` (int32); the next launch may begin, as far as it does not wait for what this one writes."""
-    return tl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; mov.u32 $0, $1;",
-        "=r,r",
-        [value],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def add_looked_up(word, lane, x, sums, M: tl.constexpr):
     """Add the products of 8 weights (``word``, int32) and ``x`` to ``sums``: a tuple of M int32 of two fp16 each.
 

@@ -2,7 +2,8 @@
 
 The offset is needed before the first code, so a first launch leaves 256 float64 sums, always of the same pieces
 in the same order, and every program of the second adds them up for itself. The scales of 8192x8192 weights are 4
-MB and still lie in the second-level cache.
+MB and still lie in the second-level cache; a launch takes about as long as memory takes to answer a few times, so a
+program of the first loads its whole piece at once.
 
 The code of y is guessed by arithmetic (the dynamic map has 7 decades of 1, 2, ..., 64 equal steps), to within one, and
 two thresholds decide: 2 loads, where a binary search needs 8 that wait for each other. The whole kernel is 80
@@ -15,18 +16,25 @@ import triton
 import triton.language as tl
 
 from tuckaway_kernels.arithmetic import magnitude, multiply, reciprocal
+from tuckaway_kernels.overlap import after_launch_before, begin_next_launch
 
 
 @triton.jit
-def partial_sums_kernel(absmax, partial, n, each, TILE: tl.constexpr):
-    """Sum absmax fp32 [n] -> partial float64 [programs], program i summing ``each`` scales from ``i * each`` on."""
-    first = tl.program_id(0).to(tl.int64) * each
+def partial_sums_kernel(absmax, partial, n, each, TILE: tl.constexpr, OVERLAP: tl.constexpr):
+    """Sum absmax fp32 [n] -> partial float64 [programs], program i summing ``each`` scales from ``i * each`` on.
+
+    OVERLAP: the launch before this one, which wrote absmax, may still run; so may this one when the next begins.
+    """
+    program = tl.program_id(0)
+    if OVERLAP:
+        program = after_launch_before(begin_next_launch(program))
+    first = program.to(tl.int64) * each
     last = tl.minimum(first + each, n)
     sums = tl.zeros([TILE], dtype=tl.float64)
     for start in range(first, last, TILE):
         place = start + tl.arange(0, TILE)
         sums += tl.load(absmax + place, mask=place < last, other=0.0).to(tl.float64)
-    tl.store(partial + tl.program_id(0), tl.sum(sums, axis=0))
+    tl.store(partial + program, tl.sum(sums, axis=0))
 
 
 @triton.jit
@@ -69,20 +77,28 @@ def quantize_nested_kernel(
     BLOCKSIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
     PTX: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Quantize absmax fp32 [n] -> codes uint8 [n], nested fp32 [ceil(n / BLOCKSIZE)], offset fp32 [1].
 
-    partial: float64 [PARTS] from `partial_sums_kernel`. thresholds: fp32 [257]. table: of reciprocals.
+    partial: float64 [PARTS] from `partial_sums_kernel`, which OVERLAP lets run still when this begins. thresholds: fp32
+    [257]. table: of reciprocals.
     """
-    mean = (tl.sum(tl.load(partial + tl.arange(0, PARTS)), axis=0) / n).to(tl.float32)
-    if tl.program_id(0) == 0:
-        tl.store(offset, mean)
-    first = tl.program_id(0).to(tl.int64) * (BLOCKS * BLOCKSIZE)
+    program = tl.program_id(0)
+    if OVERLAP:
+        program = after_launch_before(program)
+    # both loads are on their way before either is waited for; the difference is 0, but known after the wait only
+    sums = tl.load(partial + (program - tl.program_id(0)) + tl.arange(0, PARTS))
+    first = program.to(tl.int64) * (BLOCKS * BLOCKSIZE)
     left = tl.minimum(n - first, BLOCKS * BLOCKSIZE).to(tl.int32)
     block = tl.arange(0, BLOCKS)
     place = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     inside = place < left
-    x = tl.where(inside, tl.load(absmax + first + place, mask=inside, other=0.0) - mean, 0.0)
+    scales = tl.load(absmax + first + place, mask=inside, other=0.0)
+    mean = (tl.sum(sums, axis=0) / n).to(tl.float32)
+    if program == 0:
+        tl.store(offset, mean)
+    x = tl.where(inside, scales - mean, 0.0)
     scale = multiply(tl.max(magnitude(x, PTX), axis=1), 1.0, PTX)
     y = multiply(x, reciprocal(scale, table, PTX)[:, None], PTX)
     tl.store(codes + first + place, encode_dynamic(y, thresholds).to(tl.uint8), mask=inside)

@@ -29,8 +29,44 @@ def quantize_nested(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     Returns:
         codes uint8 ``[nb]``, nested absmax fp32 ``[ceil(nb / 256)]`` and offset fp32 ``[]`` (0 if nb is 0).
     """
-    offset = absmax.mean(dtype=torch.float64).float() if absmax.numel() else absmax.new_zeros(())
-    return (*quantize_nested_with_offset(absmax, offset), offset)
+    check_storage("absmax", absmax, torch.float32, absmax.numel())
+    parts = empty_nested(absmax)
+    quantize_nested_out(absmax, *parts)
+    return parts
+
+
+def quantize_nested_out(
+    absmax: torch.Tensor, codes: torch.Tensor, nested_absmax: torch.Tensor, offset: torch.Tensor
+) -> None:
+    """Quantize the scales ``absmax`` into ``codes``, ``nested_absmax`` and ``offset``; see `quantize_nested`.
+
+    Raises:
+        ValueError: a tensor of the wrong dtype or size.
+    """
+    check_nested(absmax, codes, nested_absmax, offset)
+    offset.copy_(absmax.mean(dtype=torch.float64) if absmax.numel() else absmax.new_zeros(()))
+    _quantize_with_offset(absmax, offset, codes, nested_absmax)
+
+
+def empty_nested(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return room for what `quantize_nested` gives for ``absmax``."""
+    nb, device = absmax.numel(), absmax.device
+    return (
+        torch.empty(nb, dtype=torch.uint8, device=device),
+        torch.empty(-(-nb // NESTED_BLOCKSIZE), dtype=torch.float32, device=device),
+        torch.empty((), dtype=torch.float32, device=device),
+    )
+
+
+def check_nested(
+    absmax: torch.Tensor, codes: torch.Tensor, nested_absmax: torch.Tensor, offset: torch.Tensor
+) -> None:
+    """Raise ValueError unless the scales ``absmax`` and the storage for their codes go together."""
+    nb = absmax.numel()
+    check_storage("absmax", absmax, torch.float32, nb)
+    check_storage("codes", codes, torch.uint8, nb)
+    check_storage("nested_absmax", nested_absmax, torch.float32, -(-nb // NESTED_BLOCKSIZE))
+    check_storage("offset", offset, torch.float32, 1)
 
 
 def quantize_nested_with_offset(
@@ -38,11 +74,17 @@ def quantize_nested_with_offset(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize ``absmax - offset``; see `quantize_nested`. Returns codes and nested absmax."""
     check_storage("absmax", absmax, torch.float32, absmax.numel())
-    flat = absmax.view(-1)
+    codes, nested, _ = empty_nested(absmax)
+    _quantize_with_offset(absmax, offset, codes, nested)
+    return codes, nested
+
+
+def _quantize_with_offset(
+    absmax: torch.Tensor, offset: torch.Tensor, codes: torch.Tensor, nested: torch.Tensor
+) -> None:
+    flat, codes, nested = absmax.view(-1), codes.view(-1), nested.view(-1)
     nb = flat.numel()
-    blocks = -(-nb // NESTED_BLOCKSIZE)
-    codes = torch.empty(nb, dtype=torch.uint8, device=absmax.device)
-    nested = torch.empty(blocks, dtype=torch.float32, device=absmax.device)
+    offset = offset.view(())
     thresholds = dynamic_thresholds(absmax.device)
     for start in range(0, nb, PIECE):
         piece = flat[start : start + PIECE]
@@ -55,7 +97,6 @@ def quantize_nested_with_offset(
         y = flush(x * reciprocal(scale).unsqueeze(1)).nan_to_num_(nan=-2.0).view(-1)  # NaN takes code 0
         found = torch.bucketize(y[: piece.numel()], thresholds, out_int32=True)
         codes[start : start + PIECE] = found
-    return codes, nested
 
 
 def dequantize_nested(codes: torch.Tensor, nested_absmax: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:

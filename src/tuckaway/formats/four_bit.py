@@ -322,9 +322,8 @@ class _FourBitQuantizer(PieceQuantizer):
     @override
     def finish(self) -> None:
         if self.layout.nested:
-            nested = torch.ops.tuckaway.quantize_nested(self.absmax)
-            for key, value in zip(("absmax", "nested_absmax", "nested_offset"), nested, strict=True):
-                self.components[key].copy_(value)
+            parts = (self.components[key] for key in ("absmax", "nested_absmax", "nested_offset"))
+            torch.ops.tuckaway.quantize_nested_out(self.absmax, *parts)
 
 
 def _is_recorded(entry: Entry, expected: torch.Tensor) -> bool:

@@ -24,6 +24,19 @@ def test_quantize_equals_the_reference(interpret: Callable[..., Any], n: int) ->
     assert torch.equal(codes, expected[0])
 
 
+@pytest.mark.parametrize("n", [1, 300, 70_001])
+def test_quantize_into_given_storage(interpret: Callable[..., Any], n: int) -> None:
+    absmax = torch.rand(n, generator=torch.Generator().manual_seed(n))
+    room = torch.full((n + 4,), 9, dtype=torch.uint8), torch.full((-(-n // 256),), torch.nan)
+    _, codes, nested, offset = interpret(
+        LAUNCH, "launch_quantize_out", absmax, room[0][2 : n + 2], room[1], torch.tensor(torch.nan)
+    )
+    expected = quantize_nested(absmax)
+    assert torch.equal(codes, expected[0])
+    assert torch.equal(nested, expected[1])
+    assert torch.equal(offset, expected[2])
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_equal_scales_give_zeros(interpret: Callable[..., Any], value: float) -> None:
     codes, nested, offset = interpret(LAUNCH, "launch_quantize", torch.full((300,), value))

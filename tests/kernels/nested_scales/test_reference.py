@@ -9,6 +9,7 @@ from tuckaway_kernels.nested_scales.reference import (
     PIECE,
     dequantize_nested,
     quantize_nested,
+    quantize_nested_out,
     quantize_nested_with_offset,
 )
 from tuckaway_kernels.quantize_4bit.reference import quantize_4bit
@@ -73,6 +74,19 @@ def test_restores_product_then_sum_each_rounded(n: int) -> None:
     assert torch.equal(out, product + offset)
 
 
+@pytest.mark.parametrize("n", [0, 1, 256, 700, PIECE + 300])
+def test_writes_into_what_it_is_given(n: int) -> None:
+    absmax = torch.rand(n)
+    codes = torch.full((n + 2,), 7, dtype=torch.uint8)
+    nested, offset = torch.full((-(-n // 256), 1), torch.nan), torch.full((1,), torch.nan)
+    quantize_nested_out(absmax.view(1, -1), codes[1:-1], nested, offset)
+    expected = quantize_nested(absmax)
+    assert torch.equal(codes[1:-1], expected[0])
+    assert torch.equal(nested.view(-1), expected[1])
+    assert torch.equal(offset.view(()), expected[2])
+    assert (codes[0], codes[-1]) == (7, 7)
+
+
 def test_empty() -> None:
     codes, nested, offset = quantize_nested(torch.empty(0))
     assert codes.shape == nested.shape == (0,)
@@ -88,3 +102,7 @@ def test_refuses_what_does_not_fit() -> None:
         dequantize_nested(codes.int(), nested, offset)
     with pytest.raises(ValueError, match="absmax must be"):
         quantize_nested(codes)
+    with pytest.raises(ValueError, match="codes must have 200"):
+        quantize_nested_out(torch.rand(200), codes, nested, offset)
+    with pytest.raises(ValueError, match="offset must have 1"):
+        quantize_nested_out(torch.rand(300), codes, nested, nested)
