@@ -1,8 +1,8 @@
 """CRC-32 of a page in cells, from pieces that come in any order: :class:`PageSums`.
 
-A page is checked cell by cell (:data:`CELL` bytes), by whichever thread read the cell, while it is in that core's
-cache. Writers give whole tensors, which do not end where cells do; so the checksums of the parts are put together as
-polynomials, and no byte is read back.
+A page is checked cell by cell (at most :data:`CELL` bytes), by whichever thread read the cell, while it is in that
+core's cache. Writers give whole tensors, which do not end where cells do; so the checksums of the parts are put
+together as polynomials, and no byte is read back.
 """
 
 from __future__ import annotations
@@ -12,12 +12,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from tuckaway import files
-from tuckaway.paging.page import PageLayout
+from tuckaway.paging.page import EXTENT, PageLayout, aligned
 
-__all__ = ["CELL", "PageSums", "cells"]
+__all__ = ["CELL", "PageSums", "cell_bytes", "cells"]
 
 CELL = 8 * 2**20
-"""Bytes of a cell, the last of a page shorter: what a reading thread takes at once. A multiple of 4096."""
+"""Most bytes of a cell: what a reading thread takes at once. A multiple of 4096."""
+_LEAST = 2**20
+_EACH = 16
+"""Cells of the largest page: the 14 threads that read at the most all have one, also of a page of 31 MB (GPT-2 XL)."""
+
+
+def cell_bytes(layouts: Sequence[PageLayout], most: int = CELL) -> int:
+    """Return the size of the cells of these pages; the last of a page is shorter.
+
+    Example:
+        >>> import torch
+        >>> [cell_bytes([PageLayout([(("a", ""), (n * 2**20,), torch.uint8)])]) / 2**20 for n in (2, 40, 500)]
+        [1.0, 2.5, 8.0]
+    """
+    share = -(-max((layout.nbytes for layout in layouts), default=0) // _EACH)
+    return min(most, max(_LEAST, aligned(share, EXTENT)))
 
 
 def cells(nbytes: int, cell: int = CELL) -> list[tuple[int, int]]:

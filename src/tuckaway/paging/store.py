@@ -27,7 +27,7 @@ import torch
 from tuckaway import files
 from tuckaway.checkpoint.entry import open_regular
 from tuckaway.errors import CheckpointError, StoreBusy, StoreCorrupt, StoreError
-from tuckaway.paging.checksums import CELL, PageSums
+from tuckaway.paging.checksums import CELL, PageSums, cell_bytes
 from tuckaway.paging.fill import Fill
 from tuckaway.paging.manifest import (
     ANOTHER,
@@ -73,6 +73,7 @@ class Store:
             self._starts.append(end)
             end += layout.extent
         self.nbytes = end
+        self._cell = CELL
         self._sums: list[PageSums] = []
         self._reader: CellReader | None = None
         self._guard = threading.Lock()
@@ -162,7 +163,8 @@ class Store:
         except BaseException:
             self.abort()
             raise
-        self._sums = [PageSums(layout, CELL) for layout in self.layouts]
+        self._cell = cell_bytes(self.layouts, CELL)
+        self._sums = [PageSums(layout, self._cell) for layout in self.layouts]
 
     # Writing
 
@@ -201,7 +203,7 @@ class Store:
             self.fingerprint,
             self.nbytes,
             tuple(self._starts),
-            CELL,
+            self._cell,
             tuple(tuple(page) for page in checksums),
         )
         files.sync(self._fd, self.path)
@@ -209,7 +211,7 @@ class Store:
             self.folder
         )  # before the manifest: after a power loss it must not be there without the pages
         files.write_atomically(self.folder / MANIFEST, manifest.text())
-        self._reader = self._readable(checksums, CELL)
+        self._reader = self._readable(checksums, self._cell)
         self.reusable = True
         self._sums.clear()
         self._lock.acquire(shared=True)

@@ -120,10 +120,9 @@ class Transfer:
             into = slot.buffer if kept is None else kept
             piece = partial(self._read_cell, store, number, into, fill, around)
         else:
-            self._after_use(slot)
             bounces, each = self._bouncing(store)
             runs = [Run(bounces, min(each, count - first)) for first in range(0, count, each)]
-            piece = partial(self._bounce_cell, store, number, slot.buffer, fill, around, runs, each)
+            piece = partial(self._bounce_cell, store, number, slot, fill, around, runs, each)
         last = partial(self._filled, unit, slot, kept)
         fill.when_done(partial(self._fills.discard, fill))
         fill.expect(count)
@@ -144,7 +143,7 @@ class Transfer:
         self,
         store: Store,
         number: int,
-        into: torch.Tensor,
+        slot: Slot,
         fill: Fill,
         around: bool,
         runs: list[Run],
@@ -164,9 +163,12 @@ class Transfer:
             try:
                 if bounce is not None and fill.wanted:
                     source = bounce.memory[: min(each * reader.cell, store.layouts[number].nbytes - start)]
-                    with self._lock, self._stream:
-                        into[start : start + source.numel()].copy_(source, non_blocking=True)
-                        bounce.copied.record(self._stream)
+                    with self._lock:
+                        # not before: copies for the page before this one would wait for a turn that is not theirs
+                        self._after_use(slot)
+                        with self._stream:
+                            slot.buffer[start : start + source.numel()].copy_(source, non_blocking=True)
+                            bounce.copied.record(self._stream)
             finally:
                 run.give_back()
 
@@ -190,17 +192,14 @@ class Transfer:
             target.copy_(source)
             return
         with self._lock:
-            self._after_use_locked(slot)
+            self._after_use(slot)
             with self._stream:
                 target.copy_(source, non_blocking=True)
                 # an event of its own each time: another slot's wait may still refer to the last one
                 slot.ready = self._stream.record_event()
 
     def _after_use(self, slot: Slot) -> None:
-        with self._lock:
-            self._after_use_locked(slot)
-
-    def _after_use_locked(self, slot: Slot) -> None:
+        """Let copies from now on wait for what reads the slot. With the lock."""
         for event in slot.used.values():
             self._stream.wait_event(event)
         slot.used = {}
