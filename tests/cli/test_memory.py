@@ -10,9 +10,7 @@ from tuckaway.cli.memory import memory, peak_device_bytes, peak_process_bytes
 
 def test_what_is_taken_is_seen() -> None:
     before = memory()
-    taken = torch.ones(
-        2**27
-    )  # 512 MiB, written to: pages of libraries that another process comes to share count no more
+    taken = torch.ones(2**27)  # 512 MiB: pages of libraries that others come to share count no more
     after = memory()
     assert after.process_bytes - before.process_bytes > 0.9 * taken.nbytes
     assert peak_process_bytes() >= after.process_bytes - before.process_bytes
