@@ -7,10 +7,11 @@ import os
 import platform
 import signal
 import subprocess
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -150,9 +151,28 @@ class Journal:
             with limited(self.left()):
                 return self.add(about | measure())
         except Exception as failure:  # of a peer, of a compiler: any, and the cases after it count as well
-            where = traceback.extract_tb(failure.__traceback__)[-1]
-            told = f"{failure!r:.300} ({Path(where.filename).name}:{where.lineno})"
-            return self.add(about | {"failed": told})
+            return self._failed(about, failure)
+
+    def attempt(self, part: str, run: Callable[[], None], needs: float = 1.0) -> None:
+        """Run a part of the benchmark that records its own cases; what fails between them is recorded too.
+
+        Args:
+            part: its name.
+            run: the part.
+            needs: seconds; with fewer left it is not begun.
+        """
+        if self.left() < needs:
+            self.left_out.append({"part": part})
+            return
+        try:
+            run()
+        except Exception as failure:
+            self._failed({"part": part}, failure)
+
+    def _failed(self, about: dict[str, Any], failure: Exception) -> dict[str, Any]:
+        where = traceback.extract_tb(failure.__traceback__)[-1]
+        told = f"{failure!r:.300} ({Path(where.filename).name}:{where.lineno})"
+        return self.add(about | {"failed": told})
 
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
         """Record and print one result."""
@@ -165,3 +185,36 @@ class Journal:
         """Write what there is."""
         results = {"results": self.results, "not_measured_for_want_of_time": self.left_out}
         return save(self.name, results, self.folder)
+
+
+def in_process(script: str, arguments: Sequence[str], limit: float) -> dict[str, Any]:
+    """Run a script of this folder in a process of its own, and return what it said: JSON objects behind ``RESULT``.
+
+    Args:
+        script: its name.
+        arguments: for it.
+        limit: seconds after which it is killed; what it had said by then is returned, and that it was.
+
+    Raises:
+        TimeoutError: it was killed before it said anything.
+        RuntimeError: it ended without a result; says the last line of its errors.
+    """
+    command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
+    found: dict[str, Any] = {}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=max(limit, 1.0))
+        said, ended = done.stdout, f"ended with status {done.returncode}" if done.returncode else None
+    except subprocess.TimeoutExpired as error:
+        said, ended = _text(error.stdout), f"took longer than {limit:.0f} s"
+        if "RESULT " not in said:
+            raise TimeoutError(ended) from error
+    for line in said.splitlines():
+        if line.startswith("RESULT "):
+            found |= json.loads(line[7:])
+    if not found:
+        raise RuntimeError(f"no result: {(done.stderr.strip().splitlines() or [ended])[-1]:.250}")
+    return found if ended is None else found | {"failed": ended}
+
+
+def _text(output: str | bytes | None) -> str:
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""

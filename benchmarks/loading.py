@@ -1,17 +1,18 @@
 """Loading, side by side: seconds, memory and bytes a second against what the machine can do, warm and cold.
 
-    python benchmarks/loading.py [--scratch FOLDER] [--warm-scratch FOLDER] [--budget SECONDS] [--small] [--out FOLDER]
+    python benchmarks/loading.py [--scratch FOLDER] [--warm-scratch FOLDER] [--budget 500] [--miniature] [--out FOLDER]
 
 Measures the machine first (disk, page cache, bus), writes a GPT-2-XL-shaped fp32 checkpoint (6.75 GB) and a
 Llama-7B-shaped bf16 one (13.5 GB), and loads them: tuckaway to nf4 (nested) and int8, accelerate and transformers with
-bitsandbytes to nf4, safetensors alone to the GPU; fastsafetensors and the Run:ai streamer where installed. Every peer
-has a process of its own.
+bitsandbytes to nf4, safetensors alone to the GPU; fastsafetensors and the Run:ai streamer where installed. Every case
+has a process of its own and 100 seconds at the most; what it found is written when it ends, the
+most wanted first.
 
 ``first_seconds``: the first load of a process, kernels not yet loaded. ``watched_seconds``: a second one, the ring
 pinned anew, its memory watched. ``seconds``: the median of three more. ``host_bytes``: the peak of private resident
 memory above what it was before; ``device_bytes``: the peak on the device above the final weights. Warm: the files are
 in the page cache. Cold: their pages were dropped from it. Without a GPU only what runs on a CPU is measured;
-``--small`` takes small checkpoints.
+``--miniature`` takes small checkpoints.
 """
 
 from __future__ import annotations
@@ -22,19 +23,18 @@ import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import torch
-from common import RESULTS, PeakHost, save
+from common import RESULTS, Journal, PeakHost, in_process
 from material import GPT2, LLAMA_7B, gpt2_tensors, llama_tensors, write_tiled
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -197,21 +197,27 @@ def measure(build: Callable[[bool], Any], folder: Path, config: Any, small: bool
     }
 
 
-def ours_gpt2(folder: Path, small: bool) -> dict[str, Any]:
+def ours_gpt2(folder: Path, small: bool) -> Iterator[dict[str, Any]]:
     import tuckaway
 
     torch.zeros(1, device=DEVICE)
     nf4 = tuckaway.QuantizationConfig()
-    results = {"nf4": measure(build_gpt2, folder, nf4, small)}
-    if GPU:
-        results["int8"] = measure(build_gpt2, folder, tuckaway.QuantizationConfig(format="int8"), small)
+    yield {"nf4": measure(build_gpt2, folder, nf4, small)}
+    if GPU or small:
+        yield {"int8": measure(build_gpt2, folder, tuckaway.QuantizationConfig(format="int8"), small)}
     forget(folder)
-    cold = one_load(build_gpt2, folder, nf4, small)[1]
-    results["nf4, cold"] = {"seconds": round(cold, 3)}
-    return results
+    yield {"nf4, cold": {"seconds": round(one_load(build_gpt2, folder, nf4, small)[1], 3)}}
 
 
-def ours_llama(folder: Path, small: bool) -> dict[str, Any]:
+def ours_llama(folder: Path, small: bool) -> Iterator[dict[str, Any]]:
+    import tuckaway
+
+    torch.zeros(1, device=DEVICE)
+    yield {"nf4": measure(build_llama, folder, tuckaway.QuantizationConfig(), small)}
+    yield {"int8": measure(build_llama, folder, tuckaway.QuantizationConfig(format="int8"), small)}
+
+
+def ours_reload(folder: Path, small: bool) -> Iterator[dict[str, Any]]:
     from unittest import mock
 
     import tuckaway
@@ -219,27 +225,23 @@ def ours_llama(folder: Path, small: bool) -> dict[str, Any]:
     from tuckaway.files import checksum
 
     torch.zeros(1, device=DEVICE)
-    nf4 = tuckaway.QuantizationConfig()
-    results = {
-        "nf4": measure(build_llama, folder, nf4, small),
-        "int8": measure(build_llama, folder, tuckaway.QuantizationConfig(format="int8"), small),
-    }
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         target = Path(scratch) / "quantized"
         began = time.perf_counter()
-        done = tuckaway.quantize_checkpoint(folder, target, nf4)
-        results["convert to nf4"] = {"seconds": round(time.perf_counter() - began, 3), "bytes": done.nbytes}
-        results["reload of nf4"] = measure(build_llama, target, None, small)
-        results["reload of nf4"]["checkpoint_bytes"] = done.nbytes
-        results["reload of nf4"]["crc32"] = checksum._fastest().__module__
+        done = tuckaway.quantize_checkpoint(folder, target, tuckaway.QuantizationConfig())
+        yield {
+            "convert to nf4": {"seconds": round(time.perf_counter() - began, 3), "written_bytes": done.nbytes}
+        }
+        found = measure(build_llama, target, None, small)
+        found |= {"checkpoint_bytes": done.nbytes, "crc32": checksum._fastest().__module__}
+        yield {"reload of nf4": found}
         with mock.patch.object(checksum, "_fastest", return_value=zlib.crc32):
-            results["reload of nf4, zlib's crc32"] = reload(target, small)
+            yield {"reload of nf4, zlib's crc32": reload(target, small) | {"checkpoint_bytes": done.nbytes}}
         opened = Checkpoint.open
         with mock.patch.object(
             Checkpoint, "open", lambda *a, **k: opened(*a, **{**k, "verify_checksums": False})
         ):
-            results["reload of nf4, unverified"] = reload(target, small)
-    return results
+            yield {"reload of nf4, unverified": reload(target, small) | {"checkpoint_bytes": done.nbytes}}
 
 
 def reload(folder: Path, small: bool) -> dict[str, Any]:
@@ -247,7 +249,7 @@ def reload(folder: Path, small: bool) -> dict[str, Any]:
     return {"seconds": round(statistics.median(times), 3)}
 
 
-def accelerate_bitsandbytes(folder: Path, small: bool) -> dict[str, Any]:
+def accelerate_bitsandbytes(folder: Path, small: bool) -> Iterator[dict[str, Any]]:
     import bitsandbytes
     from accelerate import init_empty_weights
     from accelerate.utils import BnbQuantizationConfig, load_and_quantize_model
@@ -262,14 +264,14 @@ def accelerate_bitsandbytes(folder: Path, small: bool) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    return peer(
+    yield peer(
         lambda: load_and_quantize_model(
             model, weights_location=str(folder), bnb_quantization_config=config, device_map="auto"
         )
     )
 
 
-def transformers_bitsandbytes(folder: Path, small: bool) -> dict[str, Any]:
+def transformers_bitsandbytes(folder: Path, small: bool) -> Iterator[dict[str, Any]]:
     import bitsandbytes
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -280,19 +282,21 @@ def transformers_bitsandbytes(folder: Path, small: bool) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    return peer(
-        lambda: AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map={"": 0})
+    yield peer(
+        lambda: AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=config, device_map={"": 0 if GPU else "cpu"}
+        )
     )
 
 
-def safetensors_alone(folder: Path, small: bool) -> dict[str, Any]:
+def safetensors_alone(folder: Path, small: bool) -> Iterator[dict[str, Any]]:
     from safetensors.torch import load_file
 
     torch.zeros(1, device=DEVICE)
-    return peer(lambda: [load_file(path, device=DEVICE) for path in shards_of(folder)])
+    yield peer(lambda: [load_file(path, device=DEVICE) for path in shards_of(folder)])
 
 
-def fastsafetensors(folder: Path, small: bool) -> dict[str, Any]:
+def fastsafetensors(folder: Path, small: bool) -> Iterator[dict[str, Any]]:
     from fastsafetensors import SafeTensorsFileLoader, SingleGroup
 
     torch.zeros(1, device=DEVICE)
@@ -302,10 +306,10 @@ def fastsafetensors(folder: Path, small: bool) -> dict[str, Any]:
         loader.add_filenames({0: [str(path) for path in shards_of(folder)]})
         return loader.copy_files_to_device()
 
-    return peer(load)
+    yield peer(load)
 
 
-def runai_streamer(folder: Path, small: bool) -> dict[str, Any]:
+def runai_streamer(folder: Path, small: bool) -> Iterator[dict[str, Any]]:
     from runai_model_streamer import SafetensorsStreamer
 
     torch.zeros(1, device=DEVICE)
@@ -315,7 +319,7 @@ def runai_streamer(folder: Path, small: bool) -> dict[str, Any]:
             streamer.stream_files([str(path) for path in shards_of(folder)])
             return {name: tensor.to(DEVICE) for name, tensor in streamer.get_tensors()}
 
-    return peer(load)
+    yield peer(load)
 
 
 def peer(load: Callable[[], Any]) -> dict[str, Any]:
@@ -334,21 +338,24 @@ def peer(load: Callable[[], Any]) -> dict[str, Any]:
     return result
 
 
-CASES: dict[str, tuple[str, Callable[[Path, bool], dict[str, Any]], str | None, bool]] = {
-    "tuckaway, gpt2-xl": ("gpt2-xl", ours_gpt2, None, False),
+Case = Callable[[Path, bool], Iterator[dict[str, Any]]]
+CASES: dict[str, tuple[str, Case, str | None, bool]] = {
     "tuckaway, llama-7b": ("llama-7b", ours_llama, None, False),
-    "accelerate + bitsandbytes, gpt2-xl, nf4": ("gpt2-xl", accelerate_bitsandbytes, "bitsandbytes", True),
+    "tuckaway, gpt2-xl": ("gpt2-xl", ours_gpt2, None, False),
     "transformers + bitsandbytes, llama-7b, nf4": (
         "llama-7b",
         transformers_bitsandbytes,
         "bitsandbytes",
-        True,
+        False,
     ),
+    "accelerate + bitsandbytes, gpt2-xl, nf4": ("gpt2-xl", accelerate_bitsandbytes, "bitsandbytes", True),
     "safetensors, gpt2-xl, fp32": ("gpt2-xl", safetensors_alone, None, False),
+    "tuckaway, llama-7b, converted": ("llama-7b", ours_reload, None, False),
     "fastsafetensors, gpt2-xl, fp32": ("gpt2-xl", fastsafetensors, "fastsafetensors", True),
     "runai-model-streamer, gpt2-xl, fp32": ("gpt2-xl", runai_streamer, "runai_model_streamer", False),
 }
-"""Checkpoint, function, the package it needs, and whether it needs a GPU."""
+"""Checkpoint, function, the package it needs, and whether it needs a GPU; the most wanted first."""
+CASE_SECONDS = 100.0
 
 
 def prepare(scratch: Path, warm_scratch: Path, small: bool) -> dict[str, Path]:
@@ -366,21 +373,6 @@ def prepare(scratch: Path, warm_scratch: Path, small: bool) -> dict[str, Path]:
     return folders
 
 
-def run_case(name: str, folder: Path, small: bool) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        __file__,
-        "--case",
-        name,
-        "--folder",
-        str(folder),
-        *(["--small"] if small else []),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
-    return json.loads(line[7:]) if line else {"error": done.stderr[-1500:].splitlines()}
-
-
 def with_rates(result: dict[str, Any], nbytes: int) -> dict[str, Any]:
     """Add bytes a second wherever there are seconds."""
     if "seconds" in result:
@@ -392,41 +384,51 @@ def with_rates(result: dict[str, Any], nbytes: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scratch", type=Path, help="on the disk that is to be measured")
     parser.add_argument("--warm-scratch", type=Path, help="for what is only read warm; may be in memory")
-    parser.add_argument("--budget", type=float, default=600.0, help="seconds after which no case is begun")
-    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--budget", type=float, default=500.0, help="seconds; then nothing more is begun")
+    parser.add_argument("--miniature", action="store_true", help="small checkpoints, to try the script")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.case is not None:
-        print("RESULT " + json.dumps(CASES[options.case][1](options.folder, options.small)))
+        for found in CASES[options.case][1](options.folder, options.miniature):
+            print("RESULT " + json.dumps(found), flush=True)
         return
-    began = time.perf_counter()
+    journal = Journal("loading", options.budget, options.out)
     warm_scratch = options.warm_scratch or options.scratch
     with (
         tempfile.TemporaryDirectory(dir=options.scratch) as scratch,
         tempfile.TemporaryDirectory(dir=warm_scratch) as warm,
     ):
-        folders = prepare(Path(scratch), Path(warm), options.small)
+        folders = prepare(Path(scratch), Path(warm), options.miniature)
         sizes = {name: sum(p.stat().st_size for p in shards_of(folder)) for name, folder in folders.items()}
-        results: dict[str, Any] = {"machine": machine(folders["gpt2-xl"]), "checkpoint_bytes": sizes}
-        print(f"[{time.perf_counter() - began:.0f} s]", results, flush=True)
-        for name, (checkpoint, _, package, needs_gpu) in CASES.items():
-            if needs_gpu and not GPU:
-                results[name] = "needs a GPU"
-            elif package is not None and importlib.util.find_spec(package) is None:
-                results[name] = f"{package} is not installed"
-            elif time.perf_counter() - began > options.budget:
-                results[name] = "left out: no time"
-            else:
-                results[name] = with_rates(
-                    run_case(name, folders[checkpoint], options.small), sizes[checkpoint]
-                )
-            print(f"[{time.perf_counter() - began:.0f} s]", name, results[name], flush=True)
-            save("loading", results, options.out)
+        journal.add({"what": "checkpoints", "bytes": sizes})
+        journal.case({"what": "machine"}, lambda: machine(folders["gpt2-xl"]))
+        for name in CASES:
+            measure_case(journal, name, folders, sizes, miniature=options.miniature)
+    print(journal.save())
+
+
+def measure_case(
+    journal: Journal, name: str, folders: dict[str, Path], sizes: dict[str, int], *, miniature: bool
+) -> None:
+    """Run one case in a process of its own."""
+    checkpoint, _, package, needs_gpu = CASES[name]
+    if (needs_gpu and not GPU) or (package is not None and importlib.util.find_spec(package) is None):
+        return
+    arguments = ["--case", name, "--folder", str(folders[checkpoint]), *["--miniature"] * miniature]
+    journal.case(
+        {"what": name},
+        lambda: with_rates(
+            in_process("loading.py", arguments, min(CASE_SECONDS, journal.left())), sizes[checkpoint]
+        ),
+        20.0,
+    )
 
 
 if __name__ == "__main__":

@@ -1,209 +1,188 @@
-"""Decoding with a Llama-7B-shaped model whose layers lie in RAM or on disk; accelerate and bitsandbytes beside it.
+"""Decoding with a Llama-7B-shaped model whose layers lie in RAM or on disk; others beside it.
 
-    python benchmarks/paging.py FOLDER [--seconds 280] [--only bf16 nf4 disk gpt2] [--peers accelerate bitsandbytes]
-    python benchmarks/paging.py FOLDER --layers 2 --hidden 128 --intermediate 256   # a trial anywhere
+    python benchmarks/paging.py FOLDER [--budget 280] [--only nf4 disk half gpt2 bf16 peers] [--peers FOLDER]
+    python benchmarks/paging.py FOLDER --miniature   # a trial anywhere
 
-Batch 1, random weights made on the device, embeddings, final norm and head resident. Every case first decodes a few
-tokens whose logits must be the resident model's bit for bit; only then is it timed. ``captured`` is a hand-written
-step with a static cache in a :class:`tuckaway.paging.CapturedStep`; ``eager`` the same step without graphs;
-``generate`` is transformers' own. ``of_bus`` and ``of_disk`` compare the bytes that a token needs with what plain
-copies, or plain reads by the same threads, reach in the same process. Cold: read with ``O_DIRECT`` after the page
-cache let go of the file.
+Batch 1, drawn weights, embeddings, final norm and head resident; greedy steps with a static cache, which choose their
+token on the device. Every way of decoding first gives the logits of the fourth token after a prompt, which must be the
+resident model's bit for bit; only then is it timed. *captured* is the step in a :class:`tuckaway.paging.CapturedStep`;
+*eager* the same step without graphs; *generate* is transformers' own loop. ``of_bus`` and ``of_disk`` compare the bytes
+that a token needs with what plain copies, or plain reads by as many threads, reach in the same process. Cold: read with
+``O_DIRECT`` after the page cache let go of the file.
+
+Every figure is written when it is known, the most wanted first. Peers run in processes of their own
+(``paging_peers.py``), 60 seconds each at the most.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
+import importlib.util
 import os
+import queue
 import sys
 import tempfile
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, save
+from common import RESULTS, Journal, in_process
+from decode import Step, after_steps, generate_rate, rate
+from paging_peers import NEEDS, PEERS, device_map, made, place
+from timing import device as the_device
+from timing import synchronize
 
 import tuckaway
 from tuckaway.paging import CapturedStep, paging_of
 from tuckaway.paging.arena import host_memory
-from tuckaway.paging.fill import Fill
+from tuckaway.paging.threads import reading_thread_count
 
-LENGTH = 256
-CHECKED = 4
-"""Tokens whose logits are compared before anything is timed."""
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-PLACE = 0 if CUDA else "cpu"
-
-
-def sync() -> None:
-    if CUDA:
-        torch.cuda.synchronize()
-
-
-def build(layers: int, hidden: int, intermediate: int) -> torch.nn.Module:
-    """Make the model in bf16 with random weights, all on the device."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        max_position_embeddings=4096,
-        dtype=torch.bfloat16,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    torch.set_default_dtype(torch.bfloat16)
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    return model.eval().requires_grad_(False)
-
-
-class Decode:
-    """One token after the other: everything it reads and writes stays where it is."""
-
-    def __init__(self, model: Any) -> None:
-        from transformers import StaticCache
-
-        self.model = model
-        self.cache = StaticCache(config=model.config, max_cache_len=LENGTH)
-        self.token = torch.ones(1, 1, dtype=torch.long, device=DEVICE)
-        self.position = torch.zeros(1, dtype=torch.long, device=DEVICE)
-        self.places = torch.arange(LENGTH, device=DEVICE)
-
-    def reset(self) -> None:
-        """Begin anew."""
-        self.cache.reset()
-        self.token.fill_(1)
-        self.position.zero_()
-
-    def __call__(self) -> torch.Tensor:
-        """Return the logits of one token, and put the next one in its place."""
-        inner = self.model.model
-        x = inner.embed_tokens(self.token)
-        rotary = inner.rotary_emb(x, position_ids=self.position[None])
-        mask = (self.places <= self.position)[None, None, None]
-        for layer in inner.layers:
-            x = layer(
-                x,
-                attention_mask=mask,
-                position_ids=self.position[None],
-                past_key_values=self.cache,
-                use_cache=True,
-                position_embeddings=rotary,
-            )
-        logits: torch.Tensor = self.model.lm_head(inner.norm(x))
-        self.token.copy_(logits[:, -1].argmax(-1, keepdim=True))
-        self.position.add_(1)
-        return logits
-
-
-def first_logits(decode: Decode, step: Callable[[], torch.Tensor], count: int = CHECKED) -> torch.Tensor:
-    decode.reset()
-    return torch.stack([step().clone() for _ in range(count)])
-
-
-def timed(step: Callable[[], Any], count: int) -> float:
-    """Return seconds a call."""
-    sync()
-    began = time.perf_counter()
-    for _ in range(count):
-        step()
-    sync()
-    return (time.perf_counter() - began) / count
+PARTS = ("nf4", "disk", "half", "gpt2", "bf16", "peers")
+PEER_SECONDS = 60.0
 
 
 class Bench:
-    """Runs cases until the time is over and collects their results."""
+    """One model, and the figures of every place its layers are put."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.end = time.monotonic() + options.seconds
-        self.results: dict[str, Any] = {}
-        self.wanted: dict[str, torch.Tensor] = {}
+    def __init__(self, journal: Journal, options: argparse.Namespace, format: str, folder: Path) -> None:
+        self.journal, self.options, self.format, self.folder = journal, options, format, folder
+        self.model = made(options, None if format == "bf16" else format)
+        step = Step(self.model, the_device())
+        self.expected = after_steps(step, step, None)
+        self.computing = 0.0
+        self.limits: dict[str, float] = {}
 
-    def lacks(self, name: str, needs: float) -> bool:
-        """Tell, and note, that fewer than ``needs`` seconds are left for a case."""
-        if time.monotonic() + needs <= self.end:
-            return False
-        self.results[name] = {"error": f"{needs} s were not left"}
-        print(name, self.results[name], flush=True)
-        return True
+    def case(self, layers: str, what: str, measure: Callable[[], dict[str, Any]], needs: float = 5.0) -> None:
+        """Record one figure."""
+        self.journal.case({"format": self.format, "layers": layers, "what": what}, measure, needs)
 
     @contextmanager
-    def case(self, name: str) -> Iterator[dict[str, Any]]:
-        """Collect what a case finds; an error is a result too."""
-        result: dict[str, Any] = {}
-        began = time.monotonic()
+    def placed(self, layers: str, where: str, *, resident: int = 0, slots: int = 2) -> Iterator[None]:
+        """Put the layers, but for the first ``resident``, where they are to wait; bring them back at the end."""
+        if not torch.cuda.is_available():
+            where = "disk"  # what is in RAM is not paged there
+        places = device_map(self.model, where) | {f"model.layers.{i}": place() for i in range(resident)}
+        target = self.folder / f"{self.format}, {layers}"
+
+        def dispatch() -> dict[str, Any]:
+            began = time.perf_counter()
+            tuckaway.dispatch_model(
+                self.model,
+                places,
+                main_device=place(),
+                offload_dir=target,
+                no_split_module_classes=["LlamaDecoderLayer"],
+                slots=slots,
+            )
+            return {"seconds": round(time.perf_counter() - began, 2)} | host_bytes(self.model)
+
+        self.case(layers, "dispatch", dispatch, 10.0)
+        self.limits = {}
+        if paging_of(self.model) is None:
+            raise RuntimeError("the layers were not placed")
         try:
-            yield result
-        except Exception as error:
-            result["error"] = f"{type(error).__name__}: {error}"
-            traceback.print_exc()
-        result["case_seconds"] = round(time.monotonic() - began, 1)
-        self.results[name] = result
-        print(name, json.dumps(result), flush=True)
-        gc.collect()
+            yield
+        finally:
+            if paging_of(self.model) is not None:
+                tuckaway.materialize(self.model)
+            gc.collect()
 
-    def decode(
-        self,
-        result: dict[str, Any],
-        kind: str,
-        model: Any,
-        *,
-        tokens: int,
-        captured: bool,
-        checked: int = CHECKED,
-    ) -> None:
-        """Check and time one way of decoding."""
-        with torch.no_grad():
-            decode = Decode(model)
-            step: Any = CapturedStep(model, decode, warmup=min(2, checked)) if captured and CUDA else decode
-            logits = first_logits(decode, step, checked)
-            format = kind.split()[0]
-            if format not in self.wanted:
-                self.wanted[format] = logits
-            if not torch.equal(logits, self.wanted[format][:checked]):
-                raise AssertionError(f"{kind}: the logits are not the resident model's")
-            seconds = timed(step, tokens)
-        result["captured" if captured else "eager"] = round(1 / seconds, 3)
-        self.rates(result, model, seconds, "captured" if captured else "eager")
+    def limit(self, layers: str, name: str, measure: Callable[[Any], float]) -> None:
+        """Record what plain copies or reads reach, for the cases after it."""
 
-    def rates(self, result: dict[str, Any], model: Any, seconds: float, way: str) -> None:
-        """Add what was reached of the bus and of the disk."""
-        paging = paging_of(model)
-        if paging is None:
-            return
-        for home, limit in (("cpu", "bus"), ("disk", "disk")):
-            nbytes = sum(page.unit.layout.nbytes for page in paging.pages if page.unit.home == home)
-            if nbytes:
-                rate = nbytes / seconds
-                result[f"{way}_{home}_gb_s"] = round(rate / 1e9, 2)
-                if f"{limit}_gb_s" in result:
-                    result[f"{way}_of_{limit}"] = round(rate / 1e9 / result[f"{limit}_gb_s"], 3)
+        def measured() -> dict[str, Any]:
+            self.limits[name] = measure(self.model)
+            return {f"{name}_gb_s": self.limits[name]}
+
+        self.case(layers, f"limit: {name}", measured, 2.0)
+
+    def decode(self, layers: str, way: str, steps: int, needs: float = 8.0) -> None:
+        """Check the logits and time one way of decoding."""
+
+        def measured() -> dict[str, Any]:
+            step = Step(self.model, the_device())
+            captured = way == "captured" and torch.cuda.is_available()
+            call: Any = CapturedStep(self.model, step, warmup=2) if captured else step
+            if not torch.equal(after_steps(step, call, None), self.expected):
+                return {"wrong": True}
+            found = rate(step, call, seconds=0.1, steps=steps)
+            return {"tokens_s": found} | self.reached(found)
+
+        self.case(layers, f"step, {way}", measured, needs)
+
+    def generate(self, layers: str) -> None:
+        """Time transformers' own loop."""
+        self.case(layers, "generate", lambda: generate_rate(self.model, the_device(), tokens=16, runs=2))
+
+    def reached(self, tokens_s: float) -> dict[str, Any]:
+        """Return what was reached of the bus and of the disk."""
+        paging, found = paging_of(self.model), dict[str, Any]()
+        for home, name in (("cpu", "bus"), ("disk", "disk")):
+            pages = [] if paging is None else [p for p in paging.pages if p.unit.home == home]
+            speed = sum(page.unit.layout.nbytes for page in pages) * tokens_s / 1e9
+            if speed:
+                found[f"{home}_gb_s"] = round(speed, 2)
+                if self.limits.get(name):
+                    found[f"of_{name}"] = round(speed / self.limits[name], 3)
+        return found
+
+    def prompt(self, layers: str) -> None:
+        """Time a prompt: what of the shorter of copying and computing the longer one hides."""
+
+        def measured() -> dict[str, Any]:
+            ids = torch.arange(self.options.prompt, device=the_device())[None] % 997
+            paging = paging_of(self.model)
+            nbytes = 0 if paging is None else sum(page.unit.layout.nbytes for page in paging.pages)
+
+            def run() -> Any:
+                with torch.no_grad():
+                    return self.model(ids, use_cache=False, logits_to_keep=1)
+
+            run()
+            seconds = timed(run, 3)
+            row: dict[str, Any] = {"ms": round(1e3 * seconds, 2)}
+            if paging is None:
+                self.computing = seconds
+            elif self.limits.get("bus") and self.computing:
+                copying = nbytes / 1e9 / self.limits["bus"]
+                hidden = (copying + self.computing - seconds) / min(copying, self.computing)
+                row |= {"copying_ms": round(1e3 * copying, 2), "overlapped": round(hidden, 3)}
+            return row | (profile(run) if torch.cuda.is_available() else {})
+
+        self.case(layers, f"prompt of {self.options.prompt}", measured)
+
+
+def timed(call: Callable[[], Any], count: int) -> float:
+    """Return seconds a call."""
+    synchronize()
+    began = time.perf_counter()
+    for _ in range(count):
+        call()
+    synchronize()
+    return (time.perf_counter() - began) / count
+
+
+def host_bytes(model: Any) -> dict[str, Any]:
+    """Return whether a model's pages in RAM are pinned, and their memory over their exact bytes."""
+    arena = paging_of(model).homes.arena
+    if arena is None:
+        return {}
+    exact = sum(item.nbytes for layout in arena.layouts for item in layout.items)
+    return {"pinned": arena.pinned, "host_over_exact": round(arena.nbytes / exact, 5)}
 
 
 def bus(model: Any) -> float:
     """Return GB/s of plain copies of a model's CPU pages."""
-    paging = paging_of(model)
-    if not CUDA or paging is None:
+    arena = paging_of(model).homes.arena
+    pages = [] if arena is None else [arena.page(index) for index in range(min(len(arena.layouts), 16))]
+    if not pages:
         return 0.0
-    arena = paging.homes.arena
-    pages = [arena.page(index) for index in range(min(len(arena.layouts), 16))]
-    targets = [torch.empty_like(max(pages, key=len), device=DEVICE) for _ in range(2)]
+    targets = [torch.empty_like(max(pages, key=len), device=the_device()) for _ in range(2)]
 
     def copy() -> None:
         for number, page in enumerate(pages):
@@ -213,56 +192,30 @@ def bus(model: Any) -> float:
     return round(sum(map(len, pages)) / timed(copy, 2) / 1e9, 2)
 
 
-def disk(model: Any, count: int) -> float:
-    """Return GB/s of plain reads of a model's first disk pages by the threads that page."""
-    homes = paging_of(model).homes
-    reader, threads = homes.store.reader, homes.store.threads()
-    local, around = threading.local(), [reader.goes_around(index) for index in range(count)]
+def disk(model: Any, most: int = 64) -> float:
+    """Return GB/s of plain reads of a model's first disk pages, by as many threads as page."""
+    reader, count = (store := paging_of(model).homes.store).reader, min(most, len(store_layouts(model)))
+    around = [reader.goes_around(index) for index in range(count)]
+    buffers: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+    for _ in range(reading_thread_count()):
+        buffers.put(host_memory(reader.cell))
 
-    def read(index: int, number: int) -> None:
-        if not hasattr(local, "memory"):
-            local.memory = host_memory(reader.cell)
-        reader.read(index, number, local.memory, around=around[index])
+    def read(work: tuple[int, int]) -> int:
+        buffer = buffers.get()
+        reader.read(*work, buffer, around=around[work[0]])
+        buffers.put(buffer)
+        return int(reader.cells(work[0])[work[1]][1])
 
-    work = [(i, n) for i in range(min(count, len(homes.store.layouts))) for n in range(len(reader.cells(i)))]
-    fill = Fill()
-    fill.expect(len(work))
-    began = time.perf_counter()
-    threads.submit(*(partial(fill.piece, partial(read, *item)) for item in work))
-    fill.result()
-    nbytes = sum(reader.cells(i)[n][1] for i, n in work)
-    return round(nbytes / (time.perf_counter() - began) / 1e9, 2)
-
-
-def generate(result: dict[str, Any], model: Any, tokens: int) -> None:
-    ids = torch.ones(1, 1, dtype=torch.long, device=DEVICE)
-    options = {"do_sample": False, "attention_mask": torch.ones_like(ids)}
-    model.generate(ids, max_new_tokens=3, **options)
-    seconds = timed(lambda: model.generate(ids, max_new_tokens=tokens, **options), 1) / tokens
-    result["generate"] = round(1 / seconds, 3)
+    work = [(index, cell) for index in range(count) for cell in range(len(store.reader.cells(index)))]
+    with ThreadPoolExecutor(reading_thread_count()) as pool:
+        list(pool.map(lambda _: time.sleep(0.01), range(reading_thread_count())))  # threads start
+        began = time.perf_counter()
+        nbytes = sum(pool.map(read, work))
+        return round(nbytes / (time.perf_counter() - began) / 1e9, 2)
 
 
-def prefill(result: dict[str, Any], model: Any, compute: float, length: int) -> None:
-    """Time a prompt; the part of the shorter of copying and computing that the longer one hides."""
-    ids = torch.arange(length, device=DEVICE)[None] % 32000
-    nbytes = sum(page.unit.layout.nbytes for page in paging_of(model).pages)
-
-    def run() -> Any:
-        with torch.no_grad():
-            return model(ids, use_cache=False, logits_to_keep=1)
-
-    run()
-    seconds = timed(run, 3)
-    copying = nbytes / 1e9 / result["bus_gb_s"] if result.get("bus_gb_s") else 0.0
-    result |= {
-        "prefill_ms": round(1e3 * seconds, 2),
-        "prefill_computing_ms": round(1e3 * compute, 2),
-        "prefill_copying_ms": round(1e3 * copying, 2),
-    }
-    if copying:
-        hidden = (copying + compute - seconds) / min(copying, compute)
-        result["prefill_overlapped"] = round(hidden, 3)
-        result |= profile(run)
+def store_layouts(model: Any) -> Any:
+    return paging_of(model).homes.store.layouts
 
 
 def profile(run: Callable[[], Any]) -> dict[str, Any]:
@@ -272,7 +225,7 @@ def profile(run: Callable[[], Any]) -> dict[str, Any]:
 
     with record(activities=[ProfilerActivity.CUDA]) as recorded:
         run()
-        sync()
+        synchronize()
     copies, kernels = [], []
     for event in recorded.events():
         span = (event.time_range.start, event.time_range.end)
@@ -297,249 +250,154 @@ def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return found
 
 
-def placed(model: Any, where: str, folder: Path, resident: int = 0, slots: int = 2) -> Any:
-    """Put a model's layers, but for the first ``resident``, into RAM or on disk."""
-    count = len(model.model.layers)
-    device_map = {
-        "model.embed_tokens": PLACE,
-        "model.norm": PLACE,
-        "lm_head": PLACE,
-        "model.rotary_emb": PLACE,
-    }
-    device_map |= {f"model.layers.{i}": PLACE if i < resident else where for i in range(count)}
-    return tuckaway.dispatch_model(
-        model,
-        device_map,
-        main_device=PLACE,
-        offload_dir=folder,
-        no_split_module_classes=["LlamaDecoderLayer"],
-        slots=slots,
-    )
+def nf4(bench: Bench) -> None:
+    """Everything in RAM."""
+    with bench.placed("ram", "cpu"):
+        bench.limit("ram", "bus", bus)
+        bench.decode("ram", "captured", 32)
+        bench.prompt("ram")
+        bench.decode("ram", "eager", 16)
+        bench.generate("ram")
 
 
-def quantized(model: Any) -> Any:
-    config = tuckaway.QuantizationConfig(format="nf4", compute_dtype="bf16")
-    for module in model.model.layers.modules():
-        if isinstance(module, torch.nn.Linear):
-            weight = tuckaway.quantize(module.weight.detach(), config)
-            module.weight = torch.nn.Parameter(weight, requires_grad=False)
-            del weight
-    gc.collect()
-    if CUDA:
-        torch.cuda.empty_cache()
-    return model
+def on_disk(bench: Bench) -> None:
+    """Everything on disk: in the page cache, with two slots and with four, and not in it."""
+    for slots in (2, 4):
+        layers = f"disk, warm, {slots} slots"
+        with bench.placed(layers, "disk", slots=slots):
+            bench.limit(layers, "first read", disk)  # checksums included
+            bench.limit(layers, "disk", disk)
+            bench.decode(layers, "captured", 24)
+            bench.decode(layers, "eager", 8)
+            if slots == 2:
+                cold(bench)
 
 
-def unquantized(bench: Bench, model: Any, folder: Path) -> None:
-    with bench.case("bf16 resident") as result:
-        bench.decode(result, "bf16 resident", model, tokens=8, captured=False)
-        bench.decode(result, "bf16 resident", model, tokens=16, captured=True)
-    with bench.case("bf16 cpu") as result:
-        began = time.perf_counter()
-        placed(model, "cpu", folder)
-        result["dispatch_seconds"] = round(time.perf_counter() - began, 2)
-        host_bytes(result, model)
-        result["bus_gb_s"] = bus(model)
-        bench.decode(result, "bf16 cpu", model, tokens=8, captured=True)
-        bench.decode(result, "bf16 cpu", model, tokens=4, captured=False)
-    tuckaway.materialize(model)
-    if "accelerate" in bench.options.peers and not bench.lacks("accelerate, bf16 cpu", 20):
-        with bench.case("accelerate, bf16 cpu") as result:
-            accelerate_hooks(bench, result, model)
+def cold(bench: Bench) -> None:
+    """Time the disk itself."""
+    store = paging_of(bench.model).homes.store
+    store.reader.direct = True
+    descriptor = os.open(store.path, os.O_RDONLY)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+    bench.limit("disk, cold", "disk", lambda model: disk(model, 12))
+    bench.decode("disk, cold", "captured", 1, 30.0)
 
 
-def host_bytes(result: dict[str, Any], model: Any) -> None:
-    paging = paging_of(model)
-    arena = paging.homes.arena
-    if arena is not None:
-        exact = sum(item.nbytes for layout in arena.layouts for item in layout.items)
-        result |= {"pinned": arena.pinned, "host_over_exact": round(arena.nbytes / exact, 5)}
+def half(bench: Bench) -> None:
+    """Half of the layers resident, the others in RAM."""
+    for slots in (2, 4):
+        layers = f"half in ram, {slots} slots"
+        with bench.placed(layers, "cpu", resident=bench.options.layers // 2, slots=slots):
+            bench.limit(layers, "bus", bus)
+            bench.decode(layers, "captured", 32)
+            bench.decode(layers, "eager", 8)
 
 
-def accelerate_hooks(bench: Bench, result: dict[str, Any], model: Any) -> None:
-    from accelerate import dispatch_model
-    from accelerate.hooks import remove_hook_from_submodules
-
-    device_map = {
-        "model.embed_tokens": PLACE,
-        "model.norm": PLACE,
-        "lm_head": PLACE,
-        "model.rotary_emb": PLACE,
-    }
-    device_map |= {f"model.layers.{i}": "cpu" for i in range(len(model.model.layers))}
-    began = time.perf_counter()
-    model.model.layers.to("cpu")  # it pages from where the weights are
-    dispatch_model(model, device_map, main_device=PLACE)
-    result["dispatch_seconds"] = round(time.perf_counter() - began, 2)
-    try:
-        decode = Decode(model)
-        with torch.no_grad():
-            decode()
-            result["eager"] = round(1 / timed(decode, 2), 3)
-    finally:
-        remove_hook_from_submodules(model)
-        for name in ("to", "cuda"):
-            model.__dict__.pop(name, None)
-        model.to(DEVICE)
+def bf16(bench: Bench) -> None:
+    """The same without quantization."""
+    with bench.placed("ram", "cpu"):
+        bench.limit("ram", "bus", bus)
+        bench.decode("ram", "captured", 8, 10.0)
+        bench.decode("ram", "eager", 4)
 
 
-def bitsandbytes_offload(bench: Bench, model: Any, folder: Path) -> None:
-    """Time transformers' own: what it offloads stays in bf16."""
-    with bench.case("transformers + bitsandbytes, nf4, layers on the cpu") as result:
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-        tuckaway.save_model(model, folder / "bf16")
-        model.config.save_pretrained(folder / "bf16")
-        device_map = {"model.embed_tokens": 0, "model.norm": 0, "lm_head": 0, "model.rotary_emb": 0}
-        device_map |= {f"model.layers.{i}": "cpu" for i in range(len(model.model.layers))}
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_enable_fp32_cpu_offload=True,
-        )
-        peer = AutoModelForCausalLM.from_pretrained(
-            folder / "bf16", quantization_config=config, device_map=device_map, dtype=torch.bfloat16
-        )
-        decode = Decode(peer)
-        with torch.no_grad():
-            decode()
-            result["eager"] = round(1 / timed(decode, 2), 3)
-
-
-def nf4_resident(bench: Bench, model: Any, length: int) -> float:
-    """Return the seconds that computing a prompt takes."""
-    ids = torch.arange(length, device=DEVICE)[None] % 32000
-
-    def prompt() -> Any:
-        with torch.no_grad():
-            return model(ids, use_cache=False, logits_to_keep=1)
-
-    compute = 0.0
-    with bench.case("nf4 resident") as result:
-        bench.decode(result, "nf4 resident", model, tokens=16, captured=False)
-        bench.decode(result, "nf4 resident", model, tokens=32, captured=True)
-        generate(result, model, 12)
-        prompt()
-        compute = timed(prompt, 3)
-        result["prefill_ms"] = round(1e3 * compute, 2)
-    return compute
-
-
-def nf4(bench: Bench, model: Any, folder: Path, compute: float, length: int) -> None:
-    with bench.case("nf4 cpu") as result:
-        began = time.perf_counter()
-        placed(model, "cpu", folder)
-        result["dispatch_seconds"] = round(time.perf_counter() - began, 2)
-        host_bytes(result, model)
-        result["bus_gb_s"] = bus(model)
-        bench.decode(result, "nf4 cpu", model, tokens=32, captured=True)
-        bench.decode(result, "nf4 cpu", model, tokens=16, captured=False)
-        generate(result, model, 16)
-        prefill(result, model, compute, length)
-    tuckaway.materialize(model)
-    with bench.case("nf4 half on the cpu") as result:
-        placed(model, "cpu", folder, resident=len(model.model.layers) // 2)
-        result["bus_gb_s"] = bus(model)
-        bench.decode(result, "nf4 half", model, tokens=32, captured=True)
-        bench.decode(result, "nf4 half", model, tokens=8, captured=False)
-    tuckaway.materialize(model)
-
-
-def nf4_disk(bench: Bench, model: Any, folder: Path, slots: int) -> None:
-    with bench.case(f"nf4 disk, {slots} slots") as result:
-        began = time.perf_counter()
-        placed(model, "disk", folder / f"pages{slots}", slots=slots)
-        result["dispatch_seconds"] = round(time.perf_counter() - began, 2)
-        store = paging_of(model).homes.store
-        count = len(store.layouts)
-        result["first_read_gb_s"] = disk(model, count)  # checksums included
-        result["disk_gb_s"] = disk(model, count)
-        bench.decode(result, "nf4 disk", model, tokens=24, captured=True)
-        bench.decode(result, "nf4 disk", model, tokens=8, captured=False)
-    if slots > 2:
-        tuckaway.materialize(model)
-        return
-    with bench.case("nf4 disk, cold") as result:
-        store.reader.direct = True
-        descriptor = os.open(store.path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-        result["disk_gb_s"] = disk(model, min(count, 12))
-        bench.decode(result, "nf4 disk", model, tokens=3, captured=True, checked=1)
-    tuckaway.materialize(model)
-
-
-def gpt2_xl(bench: Bench, folder: Path) -> None:
+def gpt2_xl(journal: Journal, folder: Path) -> None:
+    """A token of GPT-2 XL in int8 under the map of accelerate's guide."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
     from gpt2_xl import GUIDE_MAP
     from mingpt_gpt2 import GPT, SIZES
 
-    with bench.case("gpt2-xl int8, the guide's map") as result, torch.no_grad():
-        torch.manual_seed(0)
-        with torch.device(DEVICE):
-            model = GPT(*SIZES["gpt2-xl" if CUDA else "tiny"]).eval()
-        config = tuckaway.QuantizationConfig(format="int8", compute_dtype="fp16")
-        model = tuckaway.load_and_quantize_model(model, config, device_map={"": PLACE})
-        token = torch.ones(1, 1, dtype=torch.long, device=DEVICE)
-        want = model(token).clone()
-        device_map = GUIDE_MAP if CUDA else {k: v if v == "disk" else "cpu" for k, v in GUIDE_MAP.items()}
-        tuckaway.dispatch_model(
-            tuckaway.materialize(model),
-            device_map,
-            PLACE,
-            folder / "gpt2",
-            no_split_module_classes=["Block"],
-        )
-        for way in ("eager", "captured"):
+    gpu = torch.cuda.is_available()
+    places = GUIDE_MAP if gpu else {k: v if v == "disk" else "cpu" for k, v in GUIDE_MAP.items()}
+    token = torch.ones(1, 1, dtype=torch.long, device=the_device())
+    torch.manual_seed(0)
+    with torch.device(the_device()):
+        model = GPT(*SIZES["gpt2-xl" if gpu else "tiny"]).eval()
+    config = tuckaway.QuantizationConfig(format="int8", compute_dtype="fp16")
+    model = tuckaway.load_and_quantize_model(model, config, device_map={"": place()})
+    want = model(token).clone()
+    tuckaway.dispatch_model(
+        tuckaway.materialize(model),
+        places,
+        place(),
+        offload_dir=folder / "gpt2",
+        no_split_module_classes=["Block"],
+    )
+    for way in ("eager", "captured"):
+
+        def measured(way: str = way) -> dict[str, Any]:
             step: Any = (
-                (lambda: model(token))
-                if way == "eager" or not CUDA
-                else CapturedStep(model, lambda: model(token))
+                CapturedStep(model, lambda: model(token))
+                if gpu and way == "captured"
+                else lambda: model(token)
             )
-            for _ in range(3):
-                if not torch.equal(step(), want):
-                    raise AssertionError("the logits are not the resident model's")
-            result[f"{way}_token_ms"] = round(1e3 * timed(step, 8), 2)
+            if not all(torch.equal(step(), want) for _ in range(3)):
+                return {"wrong": True}
+            return {"token_ms": round(1e3 * timed(step, 8), 2)}
+
+        journal.case(
+            {"format": "int8", "layers": "gpt2-xl, the guide's map", "what": f"step, {way}"}, measured
+        )
+
+
+def peers(journal: Journal, options: argparse.Namespace) -> None:
+    """Time others, each bounded."""
+    arguments = ["--layers", str(options.layers), *(["--miniature"] if options.miniature else [])]
+    arguments += ["--peers", options.peers] if options.peers else []
+    for name in PEERS:
+        if importlib.util.find_spec(NEEDS.get(name, "accelerate")) is None:
+            continue
+        journal.case(
+            {"format": name, "layers": "ram", "what": "step, eager"},
+            lambda name=name: in_process(  # type: ignore[misc]
+                "paging_peers.py", [name, *arguments], min(PEER_SECONDS, journal.left())
+            ),
+            15.0,
+        )
+
+
+def quantized(journal: Journal, options: argparse.Namespace, folder: Path) -> None:
+    bench = Bench(journal, options, "nf4", folder)
+    bench.decode("resident", "captured", 32)
+    bench.prompt("resident")
+    for part, measure in (("nf4", nf4), ("disk", on_disk), ("half", half)):
+        if part in options.only:
+            journal.attempt(part, lambda measure=measure: measure(bench), 10.0)  # type: ignore[misc]
+    bench.decode("resident", "eager", 16)
+    bench.generate("resident")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="a folder on the disk that is measured")
-    parser.add_argument("--seconds", type=float, default=280)
-    parser.add_argument("--only", nargs="*", default=["bf16", "nf4", "disk", "gpt2"])
-    parser.add_argument("--peers", nargs="*", default=[], choices=["accelerate", "bitsandbytes"])
+    parser.add_argument("--budget", type=float, default=280.0, help="seconds; then nothing more is begun")
+    parser.add_argument("--only", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--intermediate", type=int, default=11008)
-    parser.add_argument("--prompt", type=int, default=2048)
+    parser.add_argument("--prompt", type=int, default=2048, help="tokens")
+    parser.add_argument("--miniature", action="store_true", help="small sizes, to try the script")
+    parser.add_argument("--peers", help="folder that packages of peers lie unpacked in")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-        results = run(options, Path(scratch))
-    print(save("paging", results, options.out))
-
-
-def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    bench = Bench(options)
-    model = build(options.layers, options.hidden, options.intermediate)
-    if "bf16" in options.only:
-        unquantized(bench, model, folder)
-    if "bitsandbytes" in options.peers and not bench.lacks("transformers + bitsandbytes", 45):
-        bitsandbytes_offload(bench, model, folder)
-    quantized(model)
-    compute = nf4_resident(bench, model, options.prompt)
-    if "nf4" in options.only:
-        nf4(bench, model, folder, compute, options.prompt)
-    if "disk" in options.only:
-        nf4_disk(bench, model, folder, 2)
-        if not bench.lacks("nf4 disk, 4 slots", 12):
-            nf4_disk(bench, model, folder, 4)
-    del model
-    gc.collect()
-    if "gpt2" in options.only and not bench.lacks("gpt2-xl int8, the guide's map", 12):
-        gpt2_xl(bench, folder)
-    return bench.results
+    if options.peers:
+        sys.path.append(options.peers)
+    journal = Journal("paging", options.budget, options.out)
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch, torch.no_grad():
+        if {"nf4", "disk", "half"}.intersection(options.only):
+            quantized(journal, options, Path(scratch))
+            gc.collect()
+        if "gpt2" in options.only:
+            journal.attempt("gpt2", lambda: gpt2_xl(journal, Path(scratch)), 12.0)
+        if "bf16" in options.only:
+            journal.attempt("bf16", lambda: bf16(Bench(journal, options, "bf16", Path(scratch))), 20.0)
+            gc.collect()
+        if "peers" in options.only:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            peers(journal, options)
+    print(journal.save())
 
 
 if __name__ == "__main__":

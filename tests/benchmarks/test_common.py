@@ -7,7 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from benchmarks.common import Journal
+
+from benchmarks import common
 
 
 def written(folder: Path) -> dict[str, Any]:
@@ -47,3 +50,34 @@ def test_the_budget_ends_a_case(tmp_path: Path) -> None:
     journal.case({"m": 2}, lambda: {"us": 1.0})
     journal.save()
     assert written(tmp_path)["not_measured_for_want_of_time"] == [{"m": 2}]
+
+
+def test_a_part_that_fails_between_its_cases_is_a_result(tmp_path: Path) -> None:
+    journal = Journal("name", 60.0, tmp_path)
+
+    def part() -> None:
+        journal.case({"m": 1}, lambda: {"us": 1.0})
+        raise RuntimeError("gone")
+
+    journal.attempt("first", part)
+    journal.attempt("second", part, needs=100.0)
+    journal.save()
+    first, second = written(tmp_path)["results"]
+    assert first == {"m": 1, "us": 1.0}
+    assert second["part"] == "first"
+    assert "gone" in second["failed"]
+    assert written(tmp_path)["not_measured_for_want_of_time"] == [{"part": "second"}]
+
+
+def test_a_script_in_a_process_of_its_own_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    (tmp_path / "one.py").write_text("import sys; print('RESULT', sys.argv[1])")
+    (tmp_path / "two.py").write_text("raise SystemExit('it broke')")
+    (tmp_path / "three.py").write_text("import time; time.sleep(60)")
+    (tmp_path / "four.py").write_text("print('RESULT {\"s\": 1}', flush=True); import time; time.sleep(60)")
+    assert common.in_process("one.py", ['{"s": 1}'], 60.0) == {"s": 1}
+    assert common.in_process("four.py", [], 1.0) == {"s": 1, "failed": "took longer than 1 s"}
+    with pytest.raises(RuntimeError, match="it broke"):
+        common.in_process("two.py", [], 60.0)
+    with pytest.raises(TimeoutError, match="longer than 1 s"):
+        common.in_process("three.py", [], 1.0)

@@ -70,6 +70,46 @@ def test_gpt2_xl(tmp_path: Path) -> None:
     assert all(row["token_ms"] > 0 for row in results["results"])
 
 
+@pytest.mark.slow
+def test_paging(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    results = run("paging", tmp_path / "out", str(folder), "--layers", "4", "--prompt", "64")
+    assert_whole(results)
+    found = {(row["format"], row["layers"], row["what"]) for row in results["results"]}
+    for layers in ("resident", "ram", "disk, warm, 2 slots", "disk, warm, 4 slots", "half in ram, 2 slots"):
+        assert ("nf4", layers, "step, captured") in found
+        assert ("nf4", layers, "step, eager") in found
+    assert {("nf4", "ram", "prompt of 64"), ("nf4", "disk, cold", "step, captured")} <= found
+    assert ("bf16", "ram", "step, eager") in found
+    assert ("int8", "gpt2-xl, the guide's map", "step, captured") in found
+    assert ("accelerate, bf16", "ram", "step, eager") in found
+    assert ("accelerate + bitsandbytes, nf4", "ram", "step, eager") in found
+
+
+@pytest.mark.slow
+def test_plan_accuracy(tmp_path: Path) -> None:
+    """Eight kinds of models under four maps: planned bytes are those in use."""
+    results = run("plan_accuracy", tmp_path)
+    assert_whole(results)
+    assert len(results["results"]) == 32
+    assert all(row["holds"] for row in results["results"])
+
+
+@pytest.mark.slow
+def test_loading(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    results = run("loading", tmp_path / "out", "--scratch", str(tmp_path))
+    assert_whole(results)
+    found = {row["what"]: row for row in results["results"]}
+    assert found["tuckaway, llama-7b"]["int8"]["bytes_per_second"] > 0
+    assert found["tuckaway, gpt2-xl"]["nf4, cold"]["seconds"] > 0
+    assert found["tuckaway, llama-7b, converted"]["reload of nf4, unverified"]["seconds"] > 0
+    assert found["transformers + bitsandbytes, llama-7b, nf4"]["seconds"] > 0
+    assert "safetensors, gpt2-xl, fp32" in found
+
+
 def test_what_does_not_fit_the_budget_is_named(tmp_path: Path) -> None:
     results = run("kernels", tmp_path, "--budget", "0", "--only", "conversions")
     assert [row["what"] for row in results["results"]] == ["limits"]
