@@ -24,7 +24,16 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 
-_PACKAGES = ("torch", "triton", "accelerate", "transformers", "bitsandbytes", "safetensors", "gemlite")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "accelerate",
+    "transformers",
+    "bitsandbytes",
+    "safetensors",
+    "gemlite",
+    "zlib-ng",
+)
 
 
 @cache

@@ -36,6 +36,7 @@ def test_a_good_machine() -> None:
         ({"accelerators": ()}, "cannot use the GPU"),
         ({"interpreted": True}, "TRITON_INTERPRET is set"),
         ({"triton": False}, "Triton is not installed"),
+        ({"fast_checksums": False}, "zlib-ng is not installed"),
         ({"locked_bytes": 8 * 2**20}, "locked memory is limited to 8.39 MB"),
         ({"accelerators": ({**GPU, "free_bytes": 10**9},)}, "GPU 0 has 1.00 GB free of 80.00 GB"),
         ({"container_bytes": 16 * 10**9}, "the container may use 16.00 GB of 128.00 GB"),

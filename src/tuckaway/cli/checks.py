@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 
+from tuckaway import files
 from tuckaway.plan import Speeds, cache_folder, format_bytes, get_max_memory
 
 __all__ = ["Facts", "Finding", "findings", "gather"]
@@ -30,6 +31,7 @@ class Facts:
         torch_build: ``"cuda 13.0"``, ``"rocm 6.4"``, ``"xpu"`` or ``"cpu"``.
         accelerators: name, free and total bytes of those that torch can use.
         triton: it can be imported.
+        fast_checksums: zlib-ng is installed.
         interpreted: ``TRITON_INTERPRET`` is set.
         cores: that the process may use.
         threads: that torch uses.
@@ -45,6 +47,7 @@ class Facts:
     torch_build: str = "cpu"
     accelerators: tuple[Mapping[str, Any], ...] = field(default=())
     triton: bool = False
+    fast_checksums: bool = True
     interpreted: bool = False
     cores: int = 1
     threads: int = 1
@@ -109,6 +112,16 @@ def _no_triton(facts: Facts) -> Finding | None:
         "Triton is not installed",
         "weights are decoded by plain torch operations, several times slower",
         "pip install triton (triton-windows on Windows)",
+    )
+
+
+def _slow_checksums(facts: Facts) -> Finding | None:
+    if facts.fast_checksums:
+        return None
+    return Finding(
+        "zlib-ng is not installed",
+        "checksums are computed by zlib, 1 to 7 GB/s instead of 65: a warm reload takes up to twice as long",
+        "pip install zlib-ng; or load with verify_checksums=False",
     )
 
 
@@ -199,6 +212,7 @@ _CHECKS: tuple[Callable[[Facts], Finding | None], ...] = (
     _torch_without_gpu,
     _interpreter,
     _no_triton,
+    _slow_checksums,
     _locked,
     _gpu_in_use,
     _slow_bus,
@@ -219,6 +233,7 @@ def gather(speeds: Speeds | None) -> Facts:
         torch_build=_torch_build(),
         accelerators=_accelerators(),
         triton=find_spec("triton") is not None,
+        fast_checksums=files.is_fast(),
         interpreted=os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"),
         cores=_cores(),
         threads=torch.get_num_threads(),

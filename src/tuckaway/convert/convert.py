@@ -28,7 +28,7 @@ from tuckaway.convert.sidecars import carry, files_to_carry, write_config
 from tuckaway.convert.sources import LocalSource, Source
 from tuckaway.convert.staging import Record, Staging, fingerprint_of
 from tuckaway.errors import ChecksumError, StoreError
-from tuckaway.load.carry import PIECE_BYTES
+from tuckaway.load.carry import PIECE_BYTES, piece_bytes
 from tuckaway.load.copies import check_copies
 from tuckaway.load.fill import fill
 from tuckaway.load.match import Feed, Match
@@ -274,6 +274,7 @@ class _Job:
     def _write(self, path: Path, plan: ShardPlan, bar: Progress) -> Record:
         feeds = {item.name: _present(item.feed, self.source) for item in plan.items if item.value is None}
         check_copies(Match(tuple(feeds.values()), (), ()), piece_bytes=PIECE_BYTES)
+        ring = Ring.towards(self.device)
         with ShardFile(path, plan, _METADATA) as shard:
             for item in plan.items:
                 if item.value is not None:
@@ -281,9 +282,9 @@ class _Job:
             fill(
                 tuple(feeds.values()),
                 lambda feed: InShard(shard, feed.names[0], self.device),
-                piece_bytes=PIECE_BYTES,
+                piece_bytes=piece_bytes(ring),
                 progress=bar,
-                ring=Ring.towards(self.device),
+                ring=ring,
                 non_finite=self.non_finite,
             )
             return Record(*shard.commit())

@@ -9,7 +9,7 @@ disk or quota is a :class:`~tuckaway.errors.StoreFull`.
 """
 
 from tuckaway.files.atomic import AtomicFile, reap, write_atomically
-from tuckaway.files.checksum import crc32, crc32_combine
+from tuckaway.files.checksum import crc32, crc32_combine, is_fast
 from tuckaway.files.lock import FolderLock
 from tuckaway.files.system import (
     PathLike,
@@ -39,6 +39,7 @@ __all__ = [
     "crc32_combine",
     "exists",
     "forget",
+    "is_fast",
     "make_folder",
     "names_in",
     "read_at",
