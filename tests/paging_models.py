@@ -121,3 +121,21 @@ def page(
             homes.put(name, tensor)
     attach(model, plan, homes, **options)
     return model
+
+
+WIDE = 512
+"""Width of the model that is paged to any device: pages of 4 MB in fp32, which take longer to copy than to use."""
+
+
+def maps(main: Any) -> dict[str, dict[str, Any]]:
+    """Return device maps with everything in RAM, on disk, and some of it everywhere, ``main`` included."""
+    mixed = {"blocks": "cpu", "blocks.1": "disk", "blocks.4": main, "blocks.5": "disk", "head": "cpu"}
+    return {"cpu": {"": "cpu"}, "disk": {"": "disk"}, "mixed": {"": main, **mixed}}
+
+
+def wide_net(format: str | None = None, device: str = "cpu") -> Any:
+    """Return :class:`Net` with eight blocks in bf16, or quantized on ``device``; unquantized it is on the CPU."""
+    model = make(Net, blocks=8, width=WIDE).to(torch.bfloat16)
+    if format is None:
+        return model
+    return quantize_linears(model.to(device), QuantizationConfig(format=format, compute_dtype=None))

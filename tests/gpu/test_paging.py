@@ -1,4 +1,7 @@
-"""Paging to an accelerator: side streams, pinned memory, graphs. Every result is the resident model's, bit for bit."""
+"""Paging to an accelerator: side streams, pinned memory, graphs. Every result is the resident model's, bit for bit.
+
+What holds on a CPU too is in ``tests/paging/test_devices.py``, which runs on both.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +10,18 @@ import gc
 import pytest
 import torch
 
-from paging_models import Block, Net, make, page, quantize_linears, specs_of, tokens
-from tuckaway.config import QuantizationConfig
+from paging_models import WIDE, Block, Net, make, maps, page, specs_of, tokens, wide_net
 from tuckaway.errors import PagingError, StoreError
-from tuckaway.paging import CapturedStep, PageHomes, materialize, paging_of, plan_pages
+from tuckaway.paging import CapturedStep, PageHomes, paging_of, plan_pages
 from tuckaway.paging import arena as arena_module
-from tuckaway.tensor import QuantizedTensor
 
 pytestmark = pytest.mark.gpu
 
-WIDTH = 512  # pages of 4 MB in fp32: a copy takes longer than the products before it
-
-MAPS = {
-    "cpu": {"": "cpu"},
-    "disk": {"": "disk"},
-    "mixed": {"": 0, "blocks": "cpu", "blocks.1": "disk", "blocks.4": 0, "blocks.5": "disk", "head": "cpu"},
-}
-FORMATS = (None, "nf4", "fp4", "int8")
+WIDTH, MAPS = WIDE, maps(0)
 
 
-def build(format=None, model_class=Net, **options):
-    model = make(model_class, blocks=8, width=WIDTH, **options).to(torch.bfloat16)
-    if format is None:
-        return model
-    model = quantize_linears(model.to("cuda"), QuantizationConfig(format=format, compute_dtype=None))
-    return model
+def build(format=None):
+    return wide_net(format, "cuda")
 
 
 def paged(tmp_path, device_map, format=None, **options):
@@ -41,40 +31,6 @@ def paged(tmp_path, device_map, format=None, **options):
 @pytest.fixture(params=list(MAPS))
 def device_map(request):
     return MAPS[request.param]
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_logits_are_the_resident_models(tmp_path, device_map, format):
-    resident, model = build(format).to("cuda"), paged(tmp_path, device_map, format)
-    with torch.no_grad():
-        for seed in range(4):
-            x = tokens(seed).to("cuda")
-            assert torch.equal(model(x), resident(x))
-            assert model(tokens(seed)).device.type == "cpu"  # back to where the input was
-    for name, parameter in model.named_parameters():
-        if paging_of(model).plan.page_of(name) is not None:
-            assert parameter.is_meta, name
-
-
-@pytest.mark.parametrize("slots", [1, 2, 3])
-def test_hundreds_of_turns_never_mix_pages(tmp_path, device_map, slots):
-    """Nothing waits for the device in between, so every slot is overwritten while it could still be read."""
-    resident, model = build().to("cuda"), paged(tmp_path, device_map, slots=slots)
-    x = tokens().to("cuda")
-    orders = [None, [7, 6, 5, 4, 3, 2, 1, 0], [0, 0, 3, 0], [2, 5], None]
-    with torch.no_grad():
-        wants = []
-        for order in orders:
-            resident.order = order
-            wants.append(resident(x))
-        results = []
-        for round in range(25):
-            for order, want in zip(orders, wants, strict=True):
-                model.order = order
-                results.append((model(x), want, round, order))
-    torch.accelerator.synchronize()
-    for got, want, round, order in results:
-        assert torch.equal(got, want), (round, order)
 
 
 def test_a_slot_is_not_overwritten_while_a_slow_product_reads_it(tmp_path):
@@ -107,43 +63,6 @@ def test_forwards_on_several_streams(tmp_path):
                     results.append((model(x), want))
     torch.accelerator.synchronize()
     assert all(torch.equal(got, want) for got, want in results)
-
-
-@pytest.mark.parametrize("format", [None, "nf4", "int8"])
-def test_training_through_paged_weights(tmp_path, device_map, format):
-    def gradients(model):
-        results = []
-        for seed in range(3):
-            x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(seed)).to(
-                "cuda", torch.bfloat16
-            )
-            x.requires_grad_()
-            y = x
-            for block in model.blocks:
-                y = block(y)
-            y.float().square().mean().backward()
-            results.append(x.grad)
-        return results
-
-    resident, model = build(format).to("cuda"), paged(tmp_path, device_map, format)
-    for got, want in zip(gradients(model), gradients(resident), strict=True):
-        assert torch.equal(got, want)
-
-
-def test_a_frozen_paged_model_is_checkpointed(tmp_path, device_map):
-    from torch.utils.checkpoint import checkpoint
-
-    def gradient(model, reentrant):
-        x = torch.ones(4, WIDTH, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        y = x
-        for block in model.blocks:
-            y = checkpoint(block, y, use_reentrant=reentrant)
-        y.float().sum().backward()
-        return x.grad
-
-    resident, model = build().to("cuda"), paged(tmp_path, device_map)
-    for reentrant in (False, True):
-        assert torch.equal(gradient(model, reentrant), gradient(resident, reentrant))
 
 
 def test_memory_on_the_device_is_what_was_planned(tmp_path):
@@ -195,31 +114,6 @@ def test_a_dropped_model_leaves_no_copy_behind(tmp_path):
         others = [torch.zeros(2**22, dtype=torch.uint8, device="cuda") for _ in range(8)]
         torch.accelerator.synchronize()
         assert not any(bool(other.any()) for other in others)
-
-
-@pytest.mark.parametrize("format", [None, "nf4"])
-def test_materialize(tmp_path, device_map, format):
-    resident, model = build(format).to("cuda"), paged(tmp_path, device_map, format)
-    x = tokens().to("cuda")
-    with torch.no_grad():
-        model(x)
-        assert materialize(model) is model
-        assert all(p.device.type == "cuda" for p in model.parameters())
-        assert isinstance(model.blocks[0].up.weight, QuantizedTensor) == (format is not None)
-        assert torch.equal(model(x), resident(x))
-        model.to("cpu")
-
-
-def test_weights_are_aligned_elsewhere(tmp_path):
-    from accelerate.utils import align_module_device
-
-    model, resident = paged(tmp_path, MAPS["disk"]), build()
-    with align_module_device(model.blocks[2].up, "cpu"):
-        assert torch.equal(model.blocks[2].up.weight, resident.blocks[2].up.weight)
-    with align_module_device(model.blocks[2].up):
-        assert model.blocks[2].up.weight.device.type == "cuda"
-        assert torch.equal(model.blocks[2].up.weight.cpu(), resident.blocks[2].up.weight)
-    assert model.blocks[2].up.weight.is_meta
 
 
 def test_a_forward_is_captured_in_a_graph(tmp_path):
