@@ -92,6 +92,8 @@ def _better_not(module: nn.Module, own: str, tensor: torch.Tensor, config: Quant
                 return found
     if re.search(r"Norm(\dd)?$", type(module).__name__):
         return "a norm"
+    if "Router" in type(module).__name__:
+        return "a router"
     if tensor.shape[0] == 1 or tensor.numel() == max(tensor.shape):
         return "a broadcast vector"
     known = isinstance(module, _MATRICES) or is_stored_transposed(module)
