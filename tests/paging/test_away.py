@@ -131,3 +131,40 @@ def test_setting_data_replaces_the_page(models: tuple[nn.Module, nn.Module]) -> 
     assert not torch.equal(paged(x), before)
     with pytest.raises(PagingError, match=r"norm\.weight"):
         paged.norm.weight.data = torch.zeros(3)  # type: ignore[union-attr]
+
+
+# the compiler itself looks at tensors that it goes on with
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled(models: tuple[nn.Module, nn.Module], backend: str) -> None:
+    """Graphs end where bytes are read, and go on behind it: outputs, and gradients of what comes in, are the same."""
+    resident, paged = models
+    torch._dynamo.reset()
+    compiled = torch.compile(paged.requires_grad_(False), backend=backend)
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(compiled(x), resident(x))
+    slopes = []
+    for model in (compiled, resident):
+        leaf = x.clone().requires_grad_()
+        model(leaf).sum().backward()
+        slopes.append(leaf.grad)
+    torch.testing.assert_close(slopes[0], slopes[1])
+    assert all(p.is_meta for p in paged.parameters())
+    torch._dynamo.reset()
+
+
+def test_no_graph_is_the_whole_of_a_paged_model(models: tuple[nn.Module, nn.Module]) -> None:
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+        torch.compile(models[1], backend="eager", fullgraph=True)(torch.randn(5, 64))
+    torch._dynamo.reset()
+
+
+def test_frozen_once_it_is_paged(models: tuple[nn.Module, nn.Module]) -> None:
+    x = torch.randn(5, 64, requires_grad=True)
+    with pytest.raises(PagingError, match="would lose its gradient"):
+        models[1](x).sum().backward()
+    models[1].requires_grad_(False)(x).sum().backward()
+    assert x.grad is not None

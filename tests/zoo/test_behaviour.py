@@ -204,3 +204,31 @@ def check_compiled(name: str) -> None:
     torch._dynamo.reset()
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+REACHING = ["DebertaV2", "ProphetNet", "SqueezeBert"]
+
+
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", REACHING[:: count(3, 1)])
+def test_compiled_while_weights_are_used_outside_their_pages(name: str, tmp_path: Path) -> None:
+    entry = next(entry for entry in (*LANGUAGE, *PERCEPTION) if entry.name == name)
+    torch._dynamo.reset()
+    with one_thread():
+        tuckaway.save_model(with_weights(entry.build), tmp_path / "checkpoint")
+        with tuckaway.init_empty_weights():
+            model = entry.build()
+        paged = tuckaway.load_and_quantize_model(
+            model,
+            CONFIGS["nf4"],
+            tmp_path / "checkpoint",
+            device_map={"": "disk"},
+            offload_folder=tmp_path / "pages",
+        )
+        arguments = entry.arguments(paged)
+        expected = outputs(paged, arguments)
+        found = outputs(torch.compile(paged, backend="aot_eager", dynamic=False), arguments)
+    torch._dynamo.reset()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from tuckaway.errors import PagingError
-from tuckaway.paging.hooks import refuse_copy
+from tuckaway.paging.hooks import refuse_copy, uncompiled
 from tuckaway.tensor import QuantizedTensor, TensorSpec
 
 if TYPE_CHECKING:
@@ -82,41 +82,49 @@ class _Away(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        name = getattr(func, "__name__", "")
-        first = args[0] if args else None
-        if func == _DEVICE and isinstance(first, _Away):
-            paging = first._home[0]()
-            if paging is not None and paging.running:
-                return paging.plan.execution_device
-        if isinstance(first, _Away) and func == _SET_DATA:
-            return _set_data(first, args[1])
-        if isinstance(first, _Away) and _only_casts(name, args, kwargs):
-            with torch._C.DisableTorchFunctionSubclass():
-                result = func(*args, **kwargs)
-            return result if result is first else _wrap(result, _AwayBuffer, first._home)
-        if name in _ABOUT or name.startswith("is_") or _stays_away(name, args, kwargs):
-            with torch._C.DisableTorchFunctionSubclass():
-                result = func(*args, **kwargs)
-            if result is first or not isinstance(result, torch.Tensor):
-                return result
-            if isinstance(first, _Away) and (name == "detach" or func == _DATA):
-                return _wrap(result, _AwayBuffer, first._home)
-            # a view (weight.T): of nothing, unless the bytes are there
-        if isinstance(first, _Away) and (name in _WRITES or _writes(name)):
-            raise PagingError(
-                f"{first._home[1]!r} is paged out and cannot be written to ({name})",
-                hint="bring the model back first: tuckaway.materialize(model)",
-            )
-        fetched: dict[int, torch.Tensor] = {}
-        args, kwargs = tree_map(lambda value: _fetch(value, fetched), (args, kwargs))
-        return func(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            # bytes are read outside of graphs; traced, the reading would break it in a dozen places
+            return uncompiled(_answer)(func, args, kwargs)
+        return _answer(func, args, kwargs)
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         refuse_copy()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         refuse_copy()
+
+
+def _answer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
+    """Do a call with a tensor that is away among its arguments: with its bytes, if it needs any."""
+    kwargs = dict(kwargs or {})
+    name = getattr(func, "__name__", "")
+    first = args[0] if args else None
+    if func == _DEVICE and isinstance(first, _Away):
+        paging = first._home[0]()
+        if paging is not None and paging.running:
+            return paging.plan.execution_device
+    if isinstance(first, _Away) and func == _SET_DATA:
+        return _set_data(first, args[1])
+    if isinstance(first, _Away) and _only_casts(name, args, kwargs):
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        return result if result is first else _wrap(result, _AwayBuffer, first._home)
+    if name in _ABOUT or name.startswith("is_") or _stays_away(name, args, kwargs):
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        if result is first or not isinstance(result, torch.Tensor):
+            return result
+        if isinstance(first, _Away) and (name == "detach" or func == _DATA):
+            return _wrap(result, _AwayBuffer, first._home)
+        # a view (weight.T): of nothing, unless the bytes are there
+    if isinstance(first, _Away) and (name in _WRITES or _writes(name)):
+        raise PagingError(
+            f"{first._home[1]!r} is paged out and cannot be written to ({name})",
+            hint="bring the model back first: tuckaway.materialize(model)",
+        )
+    fetched: dict[int, torch.Tensor] = {}
+    args, kwargs = tree_map(lambda value: _fetch(value, fetched), (args, kwargs))
+    return func(*args, **kwargs)
 
 
 class _AwayParameter(_Away, nn.Parameter):
@@ -128,6 +136,22 @@ class _AwayBuffer(_Away):
 
 
 class _AwayQuantized(_Away, QuantizedTensor):
+    # the compiler takes it apart and puts it together again to see what it is: it must come out as it went in
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        names, context = super().__tensor_flatten__()
+        return names, (context, self._home)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: Mapping[str, torch.Tensor], context: Any, size: Any, stride: Any
+    ) -> QuantizedTensor:
+        context, home = context
+        away = _AwayQuantized(
+            QuantizedTensor.__tensor_unflatten__(inner, context, size, stride), dtype=context[1]
+        )
+        away._home = home
+        return away
+
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Read it, and return it as a plain tensor."""
         value = _fetch(self, {})
@@ -175,5 +199,6 @@ def _fetch(value: Any, fetched: dict[int, torch.Tensor]) -> Any:
         if paging is None:
             raise PagingError(f"{name!r} was paged, and its model is gone")
         with torch._C.DisableTorchFunctionSubclass():
-            fetched[id(value)] = paging.fetch(name).to(value.dtype)
+            tensor = paging.fetch(name, requires_grad=value.requires_grad)
+            fetched[id(value)] = tensor.to(value.dtype)
     return fetched[id(value)]

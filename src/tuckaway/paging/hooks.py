@@ -149,12 +149,12 @@ class PageHook(AlignDevicesHook):  # type: ignore[misc]
                     "a paged model cannot be exported",
                     hint="bring it back first: tuckaway.materialize(model)",
                 )
-            return _uncompiled(PageHook._enter)(self, args, kwargs)
+            return uncompiled(PageHook._enter)(self, args, kwargs)
         return self._enter(args, kwargs)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if torch.compiler.is_compiling():
-            return _uncompiled(PageHook._leave)(self, output)
+            return uncompiled(PageHook._leave)(self, output)
         return self._leave(output)
 
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -302,7 +302,7 @@ def refuse_copy() -> NoReturn:
 _disabled: dict[Any, Callable[..., Any]] = {}
 
 
-def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as a break in the compiled graph; made late because it imports the compiler."""
     found = _disabled.get(function)
     if found is None:

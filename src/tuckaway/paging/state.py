@@ -111,10 +111,15 @@ class Paging:
         with torch.inference_mode(False):
             return self.plan.specs[canonical].build(components)
 
-    def fetch(self, name: str) -> torch.Tensor:
-        """Return a paged tensor on the execution device, in memory of its own, for a use outside its page's turn."""
-        tensor = self.read(name, self.plan.execution_device)
-        if tensor.requires_grad and torch.is_grad_enabled():
+    def fetch(self, name: str, *, requires_grad: bool) -> torch.Tensor:
+        """Return a paged tensor on the execution device, in memory of its own, for a use outside its page's turn.
+
+        Args:
+            name: any of its names.
+            requires_grad: whether what stands in for it wants a gradient, which is refused; it may be frozen by now.
+        """
+        tensor = self.read(name, self.plan.execution_device).requires_grad_(requires_grad)
+        if requires_grad and torch.is_grad_enabled():
             guard(tensor, name)
         return tensor
 
