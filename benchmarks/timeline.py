@@ -57,13 +57,17 @@ class Notes:
 
     def watch(self, model: nn.Sequential, fresh: Callable[[], None]) -> None:
         """Note every read, wait and block of a model that is not loaded yet; call ``fresh`` before a read."""
-        start, wait = Transfer.start, Transfer.wait
+        start, wait, filled = Transfer.start, Transfer.wait, Transfer._filled
+        begun: dict[int, float] = {}
 
         def noted_start(transfer: Transfer, unit: Any, slot: Any) -> None:
-            begin, block = time.perf_counter(), int(unit.name)
+            begun[slot.index] = time.perf_counter()
             fresh()
             start(transfer, unit, slot)
-            slot.fill.when_done(lambda: self.add("read", block, begin, time.perf_counter(), slot.index))
+
+        def noted_filled(transfer: Transfer, unit: Any, slot: Any, kept: Any) -> None:
+            filled(transfer, unit, slot, kept)
+            self.add("read", int(unit.name), begun[slot.index], time.perf_counter(), slot.index)
 
         def noted_wait(transfer: Transfer, slot: Any) -> None:
             begin = time.perf_counter()
@@ -71,6 +75,7 @@ class Notes:
             self.add("wait", -1, begin, time.perf_counter(), slot.index)
 
         Transfer.start, Transfer.wait = noted_start, noted_wait  # type: ignore[method-assign]
+        Transfer._filled = noted_filled  # type: ignore[method-assign]
         for number, block in enumerate(model):
             block.forward = self._timed(block.forward, number)  # inside the pager's own wrapper
 

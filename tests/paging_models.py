@@ -123,6 +123,13 @@ def page(
     return model
 
 
+ON_CPU = {
+    "disk": {"": "disk"},
+    "cpu": {"": "cpu"},
+    "mixed": {"": "cpu", "blocks": "disk", "blocks.1": "cpu", "blocks.3.up": "cpu"},
+}
+"""Device maps of :class:`Net` where the CPU executes."""
+
 WIDE = 512
 """Width of the model that is paged to any device: pages of 4 MB in fp32, which take longer to copy than to use."""
 

@@ -14,8 +14,9 @@ DRAW = """
 import sys
 sys.path.insert(0, {folder!r})
 import {module}
+from canvas import PICTURES
 for name, draw in {module}.DRAWN.items():
-    committed = ({module}.PICTURES / name).read_text(encoding="utf-8")
+    committed = (PICTURES / name).read_text(encoding="utf-8")
     assert str(draw()) == committed, f"draw {{name}} again: python docs/draw/{module}.py"
     print(name)
 """

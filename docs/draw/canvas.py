@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from html import escape
+from pathlib import Path
 
+PICTURES = Path(__file__).parents[1] / "pictures"
 INK, FAINT = "#1b1f24", "#6b7280"
 BLUE, GREEN, AMBER, RED, VIOLET, GREY = "#bfdbfe", "#bbf7d0", "#fde68a", "#fecaca", "#ddd6fe", "#e5e7eb"
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, monospace"
@@ -65,3 +68,10 @@ class Canvas:
 
     def __str__(self) -> str:
         return "\n".join([*self._parts, "</svg>"]) + "\n"
+
+
+def write_pictures(drawn: Mapping[str, Callable[[], Canvas]]) -> None:
+    """Draw every picture into its file."""
+    PICTURES.mkdir(exist_ok=True)
+    for name, draw in drawn.items():
+        (PICTURES / name).write_text(str(draw()), encoding="utf-8")

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from canvas import AMBER, BLUE, FAINT, GREEN, GREY, RED, VIOLET, Canvas
+from canvas import AMBER, BLUE, FAINT, GREEN, GREY, RED, VIOLET, Canvas, write_pictures
 from torch import nn
 
 import tuckaway
@@ -23,7 +22,6 @@ from tuckaway.plan import choose_specs
 from tuckaway.tensor import components_of
 from tuckaway_kernels.codebooks import codebook
 
-PICTURES = Path(__file__).parents[1] / "pictures"
 COLOURS = {
     "codes": BLUE,
     "absmax": GREEN,
@@ -196,11 +194,5 @@ def page() -> Canvas:
 DRAWN: dict[str, Callable[[], Canvas]] = {"nf4.svg": nf4, "int8.svg": int8, "page.svg": page}
 
 
-def main() -> None:
-    PICTURES.mkdir(exist_ok=True)
-    for name, draw in DRAWN.items():
-        (PICTURES / name).write_text(str(draw()), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write_pictures(DRAWN)

@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from canvas import AMBER, BLUE, FAINT, GREEN, RED, VIOLET, Canvas
+from canvas import AMBER, BLUE, FAINT, GREEN, RED, VIOLET, Canvas, write_pictures
 
 ROOT = Path(__file__).parents[2]
-PICTURES = ROOT / "docs" / "pictures"
 COLOURS = (BLUE, GREEN, AMBER, VIOLET, RED, "#bae6fd")
 LEFT, RIGHT, LANES = 96, 744, {"compute": 150, "slot 0": 54, "slot 1": 98}
 
@@ -55,11 +54,5 @@ def timeline() -> Canvas:
 DRAWN = {"timeline.svg": timeline}
 
 
-def main() -> None:
-    PICTURES.mkdir(exist_ok=True)
-    for name, draw in DRAWN.items():
-        (PICTURES / name).write_text(str(draw()), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write_pictures(DRAWN)

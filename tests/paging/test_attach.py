@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from paging_models import WIDTH, Block, Net, make, page, quantize_linears, specs_of, tokens
+from paging_models import ON_CPU, WIDTH, Block, Net, make, page, quantize_linears, specs_of, tokens
 from tuckaway.config import QuantizationConfig
 from tuckaway.errors import ChecksumError, PagingError, StoreError
 from tuckaway.paging import (
@@ -26,16 +26,10 @@ from tuckaway.paging import (
 )
 from tuckaway.tensor import QuantizedTensor
 
-MAPS = {
-    "disk": {"": "disk"},
-    "cpu": {"": "cpu"},
-    "mixed": {"": "cpu", "blocks": "disk", "blocks.1": "cpu", "blocks.3.up": "cpu"},
-}
 
-
-@pytest.fixture(params=list(MAPS))
+@pytest.fixture(params=list(ON_CPU))
 def device_map(request):
-    return MAPS[request.param]
+    return ON_CPU[request.param]
 
 
 @pytest.fixture

@@ -7,22 +7,16 @@ import copy
 import pytest
 import torch
 
-from paging_models import make, page, quantize_linears, tokens
+from paging_models import ON_CPU, make, page, quantize_linears, tokens
 from tuckaway.config import QuantizationConfig
 from tuckaway.errors import PagingError
 from tuckaway.paging import is_paged, materialize, offloaded_tensor, paging_of
 from tuckaway.tensor import QuantizedTensor
 
-MAPS = {
-    "disk": {"": "disk"},
-    "cpu": {"": "cpu"},
-    "mixed": {"": "cpu", "blocks": "disk", "blocks.1": "cpu", "blocks.3.up": "cpu"},
-}
 
-
-@pytest.fixture(params=list(MAPS))
+@pytest.fixture(params=list(ON_CPU))
 def device_map(request):
-    return MAPS[request.param]
+    return ON_CPU[request.param]
 
 
 @pytest.mark.parametrize("format", [None, "nf4"])
