@@ -246,6 +246,12 @@ def cores(count: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def cpu_name() -> str:
+    """Return the processor's name as Linux has it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
 def rates() -> dict[str, Any]:
     """Return bytes a second of a thread, by library: hot in the second-level cache, and from memory."""
     memory = memoryview(torch.randint(0, 256, (256 * 2**20,), dtype=torch.uint8).numpy())
@@ -282,7 +288,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     library = "zlib-ng" if checksum.is_fast() and not options.zlib else "zlib"
-    results: dict[str, Any] = {"library": library, "rates": rates(), "loads": {}}
+    results: dict[str, Any] = {"library": library, "cpu": cpu_name(), "rates": rates(), "loads": {}}
     fresh_memory()
     with ExitStack() as stack:
         if options.zlib:
@@ -297,7 +303,8 @@ def main() -> None:
                     entry[f"{count} cores"] = found = compare(case, options.repeats)
                 print(f"{name}, {count} cores: {found}", flush=True)
             results["loads"][name] = entry
-    print(save("checksums_zlib" if options.zlib else "checksums", results, options.out))
+            path = save("checksums_zlib" if options.zlib else "checksums", results, options.out)
+    print(path)
 
 
 if __name__ == "__main__":

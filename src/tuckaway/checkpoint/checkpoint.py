@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tuckaway.checkpoint.batches import Request
 from tuckaway.checkpoint.entry import TensorEntry, reading
 from tuckaway.checkpoint.header import read_header
 from tuckaway.checkpoint.hub import fetch, is_repo_id
@@ -26,7 +27,7 @@ from tuckaway.checkpoint.index import (
     resolve_inside,
 )
 from tuckaway.checkpoint.pickle import read_pickle
-from tuckaway.checkpoint.reader import PIECE_BYTES, Piece, Request, read_tensor, stream
+from tuckaway.checkpoint.reader import PIECE_BYTES, Piece, read_tensor, stream
 from tuckaway.errors import (
     CheckpointError,
     CheckpointNotFound,

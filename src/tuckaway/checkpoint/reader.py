@@ -1,10 +1,8 @@
 """The stream: bytes of a checkpoint in bounded pieces, in file order, through a ring of buffers.
 
-While the caller works on one piece, threads read the next ones. Files are read with ``pread``, never mapped: a file
-that is cut or lost under a mapping kills the process (SIGBUS), and mapped pages count as the process's memory.
-
-Small tensors that lie side by side come with one system call, each scattered to an aligned place: GPT-2's 48 biases
-and norms a block would otherwise cost more in calls and thread switches than in bytes.
+While the caller works on one piece, threads read the next ones, batch by batch as :mod:`~tuckaway.checkpoint.batches`
+plans them. Files are read with ``pread``, never mapped: a file that is cut or lost under a mapping kills the process
+(SIGBUS), and mapped pages count as the process's memory.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -24,37 +22,16 @@ from typing import Any
 import torch
 
 from tuckaway import files
+from tuckaway.checkpoint.batches import Batch, Part, Request, batches, most_bytes, rounded
 from tuckaway.checkpoint.entry import ResidentEntry, StridedEntry, TensorEntry, open_regular
 from tuckaway.checkpoint.progress import Progress
 from tuckaway.checkpoint.ring import Ring, Slot
 from tuckaway.errors import CheckpointError, ChecksumError, StoreError, TruncatedError
 
-__all__ = ["PIECE_BYTES", "Piece", "Request", "read_tensor", "stream"]
+__all__ = ["PIECE_BYTES", "Piece", "read_tensor", "stream"]
 
 PIECE_BYTES = 16 * 2**20
 """Default size of a piece: from 4 MiB up a cold read is as fast as the disk, and two of them are little memory."""
-
-_SLOT = 64  # bytes that every tensor's piece is aligned to in a buffer: a cache line, and any dtype
-_MAX_PARTS = 256  # pieces a system call, with gaps twice as many buffers; Linux takes 1024 at most (IOV_MAX)
-_GAP = (
-    64 * 2**10
-)  # bytes that are sooner read and dropped than skipped: a reloaded weight's codebooks and state
-_WORTH = 4 * 2**20  # bytes of a tensor that are put behind others to fill a piece: less is no better read
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One tensor to read.
-
-    Args:
-        entry: where it lies.
-        align: every piece starts at a multiple of this many elements, and but for the last ends at one.
-        whole: it comes in one piece whatever its size.
-    """
-
-    entry: TensorEntry
-    align: int = 1
-    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,58 +49,6 @@ class Piece:
     start: int
     tensor: torch.Tensor
     last: bool
-
-
-@dataclass(slots=True)
-class _Part:
-    """What one piece is to be: ``nbytes`` bytes of the file, put at ``place`` of a buffer; once read, their CRC-32.
-
-    ``between`` bytes of the file lie before it that nobody wants; they have their room in the buffer before it too.
-    """
-
-    entry: TensorEntry
-    start: int
-    offset: int
-    nbytes: int
-    place: int
-    last: bool
-    between: int = 0
-    crc32: int | None = None
-
-
-@dataclass(slots=True)
-class _Batch:
-    """Parts that lie in a row in one file, or nearly so, and are read at once; what lies between is dropped."""
-
-    parts: list[_Part] = field(default_factory=list)
-    nbytes: int = 0  # of the buffer, gaps for alignment included
-
-    def add(self, entry: TensorEntry, start: int, nbytes: int, last: bool) -> None:
-        offset = entry.offset + start * entry.dtype.itemsize
-        if self.parts and not nbytes:
-            offset = self.end  # an empty tensor lies nowhere, whatever the file says
-        between = offset - self.end if self.parts else 0
-        self.nbytes += _rounded(between)
-        self.parts.append(_Part(entry, start, offset, nbytes, self.nbytes, last, between))
-        self.nbytes += _rounded(nbytes)
-
-    @property
-    def end(self) -> int:
-        """The byte of the file behind the last part."""
-        return self.parts[-1].offset + self.parts[-1].nbytes
-
-    def room(self, entry: TensorEntry, offset: int, limit: int) -> int:
-        """Return how many bytes from ``offset`` on can join; 0 where they lie elsewhere."""
-        if not self.parts:
-            return limit
-        last, between = self.parts[-1], offset - self.end if entry.nbytes else 0
-        joins = (
-            entry.path == last.entry.path
-            and 0 <= between <= _GAP
-            and len(self.parts) < _MAX_PARTS
-            and type(entry) is type(last.entry) is TensorEntry
-        )
-        return max(0, limit - self.nbytes - _rounded(between)) if joins else 0
 
 
 def stream(
@@ -175,9 +100,9 @@ def _run(
     requests: list[Request], piece_bytes: int, progress: Progress | bool | None, ring: Ring
 ) -> Iterator[Piece]:
     total = sum(request.entry.nbytes for request in requests)
-    batches = _batches(requests, piece_bytes)
-    free = deque(ring.slots(min(piece_bytes + _SLOT, total + (_SLOT + _GAP) * len(requests))))
-    inflight: deque[tuple[_Batch, Slot, Any]] = deque()
+    planned = batches(requests, piece_bytes)
+    free = deque(ring.slots(most_bytes(requests, piece_bytes)))
+    inflight: deque[tuple[Batch, Slot, Any]] = deque()
     sums = _Sums()
     with (
         closing(_Sources(ring.threads)) as sources,
@@ -186,7 +111,7 @@ def _run(
         threads = ThreadPoolExecutor(ring.threads, thread_name_prefix="tuckaway-read")
         try:
             while True:
-                while free and (batch := next(batches, None)) is not None:
+                while free and (batch := next(planned, None)) is not None:
                     slot = free.popleft()
                     inflight.append((batch, slot, threads.submit(sources.fill, batch, slot)))
                 if not inflight:
@@ -211,49 +136,13 @@ def _bar(total: int, progress: Progress | bool | None) -> AbstractContextManager
     return Progress(total, "Loading weights", show=progress)
 
 
-def _batches(requests: list[Request], piece_bytes: int) -> Iterator[_Batch]:
-    """Cut tensors into parts and put neighbouring parts together."""
-    batch = _Batch()
-    for request in requests:
-        entry = request.entry
-        step = max(1, piece_bytes // entry.dtype.itemsize // request.align) * request.align
-        if request.whole:
-            step = max(1, entry.numel)
-        start = 0
-        while start < entry.numel or start == 0:
-            offset = entry.offset + start * entry.dtype.itemsize
-            count = min(step, entry.numel - start)
-            room = (
-                batch.room(entry, offset, piece_bytes)
-                // entry.dtype.itemsize
-                // request.align
-                * request.align
-            )
-            if room < count and not (
-                batch.parts and room * entry.dtype.itemsize >= _WORTH and not request.whole
-            ):
-                if batch.parts:
-                    yield batch
-                batch = _Batch()
-            else:
-                count = min(count, room)
-            batch.add(entry, start, count * entry.dtype.itemsize, start + count == entry.numel)
-            start += max(count, 1)
-    if batch.parts:
-        yield batch
-
-
-def _rounded(nbytes: int) -> int:
-    return -(-nbytes // _SLOT) * _SLOT
-
-
 class _Sums:
     """Puts the checksums of the pieces together, which threads computed in any order."""
 
     def __init__(self) -> None:
         self.known: dict[str, int] = {}  # of the tensors that are under way
 
-    def add(self, part: _Part) -> None:
+    def add(self, part: Part) -> None:
         """Take the next piece of a tensor; the last one compares."""
         if part.crc32 is None:
             return
@@ -285,7 +174,7 @@ class _Sources:
             self.free.put(source)
         self.lock = Lock()
 
-    def fill(self, batch: _Batch, slot: Slot) -> list[torch.Tensor]:
+    def fill(self, batch: Batch, slot: Slot) -> list[torch.Tensor]:
         """Read a batch into a slot and return the tensors of its parts."""
         if type(batch.parts[0].entry) is not TensorEntry:
             with self.lock:
@@ -316,7 +205,7 @@ class _Source:
         self.entry: TensorEntry | None = None
         self.made: tuple[TensorEntry, torch.Tensor] | None = None
 
-    def fill(self, batch: _Batch, slot: Slot) -> list[torch.Tensor]:
+    def fill(self, batch: Batch, slot: Slot) -> list[torch.Tensor]:
         """Read a batch into a slot and return the tensors of its parts."""
         first = batch.parts[0]
         if type(first.entry) is not TensorEntry:
@@ -327,7 +216,7 @@ class _Source:
         views = []
         for part in batch.parts:
             if part.between:
-                place = part.place - _rounded(part.between)
+                place = part.place - rounded(part.between)
                 views.append(view[place : place + part.between])
             if part.nbytes:
                 views.append(view[part.place : part.place + part.nbytes])
@@ -342,7 +231,7 @@ class _Source:
             for part in batch.parts
         ]
 
-    def _whole(self, part: _Part) -> torch.Tensor:
+    def _whole(self, part: Part) -> torch.Tensor:
         """Return a part of a tensor that cannot be read in parts; it is made once for all of them."""
         if self.made is None or self.made[0] is not part.entry:
             self.made = (part.entry, _make(part.entry, self).reshape(-1))
@@ -360,7 +249,7 @@ class _Source:
             if entry.identity is not None:
                 entry.identity.check(self.fd, entry.path)
 
-    def read(self, views: list[memoryview], offset: int, batch: _Batch) -> None:
+    def read(self, views: list[memoryview], offset: int, batch: Batch) -> None:
         """Fill all views with what lies from ``offset`` on."""
         end = offset + sum(len(view) for view in views)
         while views:
@@ -377,7 +266,7 @@ class _Source:
             if got:
                 views[0] = views[0][got:]
 
-    def _read_some(self, views: list[memoryview], offset: int, batch: _Batch) -> int:
+    def _read_some(self, views: list[memoryview], offset: int, batch: Batch) -> int:
         if len(views) == 1 or not hasattr(os, "preadv"):
             try:
                 return files.read_at(self.fd, views[0], offset)
@@ -388,7 +277,7 @@ class _Source:
         except OSError as error:
             raise self._failed(error.errno, batch, offset) from error
 
-    def _failed(self, number: int | None, batch: _Batch, offset: int) -> CheckpointError:
+    def _failed(self, number: int | None, batch: Batch, offset: int) -> CheckpointError:
         reason = os.strerror(number or errno.EIO)
         return CheckpointError(
             f"cannot read {_names(batch, offset)}: {reason}",
@@ -416,7 +305,7 @@ def _bytes(memory: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _names(batch: _Batch, offset: int) -> str:
+def _names(batch: Batch, offset: int) -> str:
     """Name the tensor that the byte ``offset`` of the file belongs to."""
     inside = [part.entry.name for part in batch.parts if part.offset <= offset < part.offset + part.nbytes]
     return repr((inside or [batch.parts[-1].entry.name])[0])
@@ -430,7 +319,7 @@ def _make(entry: TensorEntry, source: _Source) -> torch.Tensor:
     memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     if nbytes:
         source.open(entry)
-        batch = _Batch([_Part(entry, 0, entry.offset, nbytes, 0, True)], nbytes)
+        batch = Batch([Part(entry, 0, entry.offset, nbytes, 0, True)], nbytes)
         source.read([_bytes(memory)], entry.offset, batch)
     if entry.crc32 is not None:
         _compare(entry, files.crc32(_bytes(memory)))
