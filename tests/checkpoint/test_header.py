@@ -316,13 +316,13 @@ def test_twenty_thousand_tensors_are_read_well_under_a_second(tmp_path):
     path.write_bytes(build(header, b"\0" * 40_000))
     best = min(_timed(path) for _ in range(3))
     assert len(read_header(path).entries) == 20_000
-    assert best < 1.0  # 0.1 s on an idle machine
+    assert best < 1.0  # 0.1 s; of this thread's processor time: what else the machine does is not counted
 
 
 def _timed(path) -> float:
-    start = time.perf_counter()
+    start = time.thread_time()
     read_header(path)
-    return time.perf_counter() - start
+    return time.thread_time() - start
 
 
 # ---- fuzzing: never another error than ours, never a file accepted that safetensors refuses -------------------------
