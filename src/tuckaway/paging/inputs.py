@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 
 __all__ = ["first_device", "move", "wants_grad"]
+
+
+_LEAVES = frozenset({type(None), bool, int, float, str})
 
 
 def move(value: Any, device: torch.device, skip: Collection[str] = ()) -> Any:
@@ -23,6 +27,8 @@ def move(value: Any, device: torch.device, skip: Collection[str] = ()) -> Any:
         device: with its index.
         skip: keys of mappings that are left alone.
     """
+    if type(value) in _LEAVES:  # most keyword arguments: asked first, as every layer is called with some
+        return value
     if isinstance(value, torch.Tensor):
         if value.device == device:
             return value
@@ -31,10 +37,10 @@ def move(value: Any, device: torch.device, skip: Collection[str] = ()) -> Any:
         return value.to(device, non_blocking=not at_once)
     if isinstance(value, tuple | list):
         moved = [move(item, device, skip) for item in value]
-        if all(new is old for new, old in zip(moved, value, strict=True)):
+        if all(map(operator.is_, moved, value)):
             return value
         return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
-    if isinstance(value, Mapping):
+    if isinstance(value, (dict, Mapping)):
         changed = {
             key: new
             for key, item in value.items()
