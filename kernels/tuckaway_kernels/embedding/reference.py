@@ -86,11 +86,14 @@ def embedding_int8(
         ValueError: tensors whose shapes or dtypes do not go together.
     """
     check_embedding_int8(codes, absmax, dtype)
-    flat = check_index(index, codes.shape[0])
-    chosen = torch.index_select(codes, 0, flat)
-    scales = torch.index_select(absmax.view(-1), 0, flat)
-    weights: torch.Tensor = torch.ops.tuckaway.dequantize_int8(chosen, scales, dtype)
-    return weights.view(*index.shape, codes.shape[1])
+    flat, cols = check_index(index, codes.shape[0]), codes.shape[1]
+    out = torch.empty((flat.numel(), cols), dtype=dtype, device=codes.device)
+    step = max(PIECE // max(cols, 1), 1)
+    for start in range(0, flat.numel(), step):
+        some = flat[start : start + step]
+        chosen, scales = codes.index_select(0, some), absmax.view(-1).index_select(0, some)
+        torch.ops.tuckaway.dequantize_int8_out(chosen, scales, out[start : start + step])
+    return out.view(*index.shape, cols)
 
 
 def check_index(index: torch.Tensor, rows: int) -> torch.Tensor:

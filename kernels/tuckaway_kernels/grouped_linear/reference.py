@@ -137,7 +137,7 @@ def _product(
     begin = 0
     for expert, end in enumerate(min(int(end), x.shape[0]) for end in offs.tolist()):
         if begin < end:
-            out[begin:end] = product_by_pieces(
+            product_by_pieces(
                 x[begin:end],
                 None,
                 rows,
@@ -147,6 +147,7 @@ def _product(
                 _shifted(decode, expert * rows),
                 unit=unit,
                 spare=spare,
+                out=out[begin:end],
             )
         begin = max(begin, end)
     return out

@@ -26,6 +26,12 @@ from tuckaway_kernels.reciprocal import reciprocal
 INVERSE_127_SQUARED: Final = 6.200012e-05
 """1 / 127**2 as bitsandbytes' CUDA kernel has it, in fp32 (its default backend has 6.200124e-05, a slip)."""
 
+TEMPORARY_BYTES: Final = 16 << 20
+"""Of what LLM.int8() keeps beside x and result, per step on the way."""
+
+RESCALED: Final = 1 << 18
+"""Products brought to fp16 at once."""
+
 EXACT_COLUMNS: Final = 1024
 """Products of int8 codes that fp32 adds up without rounding: 1024 * 127 * 128 < 2**24."""
 
@@ -63,15 +69,20 @@ def linear_int8(
     check_product(x, bias, cols, rows)
     matrix = x.reshape(-1, cols)
     result = torch.empty((matrix.shape[0], rows), dtype=x.dtype, device=x.device)
-    outliers = outlier_columns(matrix, threshold) if threshold > 0.0 else None
-    step = rows_at_once(cols, torch.float32, x.device)  # bounds the temporaries: nothing depends on it
-    for first in range(0, matrix.shape[0], step):
-        part = slice(first, first + step)
-        quantized, scale = quantize_activations(matrix[part].half(), threshold)
+    # runs of rows bound the temporaries, 20 bytes a value of x and 4 of the result; nothing depends on them
+    step = max(TEMPORARY_BYTES // (20 * cols + 4 * rows), 1)
+    runs = [slice(first, first + step) for first in range(0, matrix.shape[0], step)]
+    outliers = None
+    if threshold > 0.0:
+        outliers = torch.zeros(cols, dtype=torch.bool, device=x.device)
+        for run in runs:
+            outliers |= outlier_columns(matrix[run], threshold)
+    for run in runs:
+        quantized, scale = quantize_activations(matrix[run].half(), threshold)
         if outliers is not None:
-            quantized = quantized * ~outliers
-        product = integer_product(quantized, codes).float() * scale.unsqueeze(1) * absmax
-        result[part] = _rescale(product, bias)
+            quantized.mul_(~outliers)
+        product = integer_product(quantized, codes)
+        _rescale(product, scale, absmax, bias, result[run])
     if outliers is not None:
         _add_outliers(matrix, outliers, codes, absmax, result)
     return result.view(*x.shape[:-1], rows)
@@ -92,15 +103,28 @@ def outlier_columns(x: torch.Tensor, threshold: float) -> torch.Tensor:
     return (x.half().abs() >= threshold).any(0)
 
 
-def _rescale(product: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return ``product / 127**2 + bias`` as fp16."""
-    # one rounding for multiply and add, as the fused instruction does it: the product of two fp32 is exact in fp64
-    exact = product.double() * torch.tensor(INVERSE_127_SQUARED, dtype=torch.float32).item()
-    if bias is None:
-        return exact.float().half()
-    if bias.dtype == torch.float16:
-        return (exact + bias.double()).float().half()
-    return (exact.float().half().float() + bias.float()).half()
+def _rescale(
+    product: torch.Tensor,
+    x_scales: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    result: torch.Tensor,
+) -> None:
+    """Write int32 ``product`` [M, N] times ``x_scales`` [M], ``scales`` [N] and 1 / 127**2, plus bias, as fp16."""
+    inverse = torch.tensor(INVERSE_127_SQUARED, dtype=torch.float32).item()
+    width = max(RESCALED // max(product.shape[0], 1), 1)
+    for first in range(0, product.shape[1], width):
+        part = slice(first, first + width)
+        scaled = product[:, part].float() * x_scales.unsqueeze(1) * scales[part]
+        # one rounding for multiply and add, as the fused instruction does it: the product of two fp32 is exact in fp64
+        exact = scaled.double() * inverse
+        if bias is None:
+            half = exact.float().half()
+        elif bias.dtype == torch.float16:
+            half = (exact + bias[part].double()).float().half()
+        else:
+            half = (exact.float().half().float() + bias[part].float()).half()
+        result[:, part] = half
 
 
 def integer_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -122,21 +146,27 @@ def _add_outliers(
     On a GPU every column is multiplied, those without outliers being zero, so that nothing waits for the
     device to say which they are; on the CPU only the outlier columns.
     """
+    rows, cols = codes.shape
     if x.device.type == "cpu":
         chosen = columns.nonzero().view(-1)
-        if chosen.numel() == 0:
+        cols = chosen.numel()
+        if cols == 0:
             return
-        x, codes = x[:, chosen], codes[:, chosen]
     else:
-        x = x * columns
-    rows, cols = codes.shape
-    decode = _decoder(codes, absmax)
+        chosen, x = None, x * columns
     step = min(rows_at_once(cols, x.dtype, x.device), rows)
     buffer = torch.empty(step * cols, dtype=x.dtype, device=x.device)
+    run = max(TEMPORARY_BYTES // (4 * (cols + step)), 1) if chosen is not None else x.shape[0]
     for first in range(0, rows, step):
-        last = min(first + step, rows)
-        part = result[:, first:last]
-        part.copy_(torch.addmm(part, x, decode(first, last, buffer).t()))
+        some = slice(first, min(first + step, rows))
+        these = codes[some] if chosen is None else codes[some].index_select(1, chosen)
+        weights = buffer[: these.numel()].view(these.shape)
+        torch.ops.tuckaway.dequantize_int8_out(these, absmax[some], weights)
+        for start in range(0, x.shape[0], run):
+            left = x[start : start + run]
+            part = result[start : start + run, some]
+            left = left if chosen is None else left.index_select(1, chosen)
+            part.copy_(torch.addmm(part, left, weights.t()))
 
 
 def decoder(

@@ -44,7 +44,11 @@ def quantize_nested_out(
         ValueError: a tensor of the wrong dtype or size.
     """
     check_nested(absmax, codes, nested_absmax, offset)
-    offset.copy_(absmax.mean(dtype=torch.float64) if absmax.numel() else absmax.new_zeros(()))
+    # a piece at a time: the mean in another dtype makes a copy of everything
+    total = torch.zeros((), dtype=torch.float64, device=absmax.device)
+    for piece in absmax.view(-1).split(PIECE):
+        total += piece.sum(dtype=torch.float64)
+    offset.view(()).copy_(total / max(absmax.numel(), 1))
     _quantize_with_offset(absmax, offset, codes, nested_absmax)
 
 
