@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from torch import nn
 
 import tuckaway
 from loading import FP32, Net, assert_same_state, empty_net, net, refused
-from tuckaway.errors import ConfigError, KeyMismatch, MismatchError, StoreStale, TuckawayError
+from tuckaway.checkpoint import Checkpoint, Request, stream
+from tuckaway.checkpoint.entry import JoinedEntry
+from tuckaway.checkpoint.reader import read_tensor
+from tuckaway.errors import ChecksumError, ConfigError, KeyMismatch, MismatchError, StoreStale, TuckawayError
 from tuckaway.load import Merge, Split
 
 State = dict[str, torch.Tensor]
@@ -170,6 +174,56 @@ def test_merge(tmp_path: Path) -> None:
         folder, empty(Fused), conversions=MERGES, device_map={"": "disk"}, offload_folder=tmp_path / "p"
     )
     assert_same_state(tuckaway.materialize(paged), whole)
+
+
+@pytest.mark.parametrize(
+    ("dim", "stacked"), [(0, False), (1, False), (2, False), (0, True), (1, True), (2, True)]
+)
+def test_merged_tensors_are_read_run_by_run(tmp_path: Path, dim: int, stacked: bool) -> None:
+    shape, count = (3, 2, 1100) if not stacked else (2, 1100), 3 if stacked else 1
+    sources = [[torch.randn(shape) for _ in range(count)] for _ in range(2)]
+    parts = [torch.stack(part) if stacked else part[0] for part in sources]
+    state = {
+        f"{part}.{n}": t for part, tensors in zip("ab", sources, strict=True) for n, t in enumerate(tensors)
+    }
+    tuckaway.save_model(Holder(state), tmp_path / "c", max_shard_size="20KB")
+    checkpoint = Checkpoint.open(tmp_path / "c")
+    number = "#" if stacked else "0"
+    entry = Merge("x", [f"a.{number}", f"b.{number}"], dim=dim).applied(checkpoint.entries)["x"]
+    assert isinstance(entry, JoinedEntry)
+    expected = torch.cat(parts, dim)
+    assert torch.equal(read_tensor(entry), expected)
+    for piece_bytes in (4, 1000, 10**6):
+        pieces = [p.tensor.clone() for p in stream([Request(entry)], piece_bytes=piece_bytes * 4)]
+        assert torch.equal(torch.cat(pieces), expected.flatten())
+
+
+def test_merged_tensors_are_checked(tmp_path: Path) -> None:
+    state = {"a.0": torch.randn(2, 4000), "b.0": torch.randn(2, 4000)}
+    tuckaway.save_model(Holder(state), tmp_path / "c")
+    checkpoint = Checkpoint.open(tmp_path / "c")
+    entry = Merge("x", ["a.0", "b.0"], dim=1).applied(checkpoint.entries)["x"]
+    changed = checkpoint.entries["b.0"]
+    entry = dataclasses.replace(
+        entry, runs=tuple((dataclasses.replace(e, identity=None), *rest) for e, *rest in entry.runs)
+    )
+    with open(changed.path, "r+b") as file:
+        file.seek(changed.offset + 5000)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(ChecksumError, match=r"b\.0"):
+        list(stream([Request(entry)], piece_bytes=6000))
+
+
+class Holder(nn.Module):
+    def __init__(self, state: State) -> None:
+        super().__init__()
+        for name, tensor in state.items():
+            owner, _, own = name.partition(".")
+            if not hasattr(self, owner):
+                self.add_module(owner, nn.Module())
+            self.get_submodule(owner).register_parameter(own, nn.Parameter(tensor))
 
 
 def test_split(tmp_path: Path) -> None:

@@ -21,7 +21,15 @@ from tuckaway.errors import (
     UnsafePathError,
 )
 
-__all__ = ["FileIdentity", "ResidentEntry", "StridedEntry", "TensorEntry", "open_regular", "reading"]
+__all__ = [
+    "FileIdentity",
+    "JoinedEntry",
+    "ResidentEntry",
+    "StridedEntry",
+    "TensorEntry",
+    "open_regular",
+    "reading",
+]
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
@@ -122,6 +130,28 @@ class StridedEntry(TensorEntry):
 
     stride: tuple[int, ...] = ()
     span: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedEntry(TensorEntry):
+    """A tensor that lies in parts, in other tensors: runs of them, one behind the other, are its elements in order.
+
+    Args:
+        runs: tensor, first element of it, and number of elements. Each element of each tensor is in one run.
+    """
+
+    runs: tuple[tuple[TensorEntry, int, int], ...] = field(default=(), repr=False, compare=False)
+
+    def overlapping(self, start: int, count: int) -> Iterator[tuple[TensorEntry, int, int]]:
+        """Yield the runs that make the ``count`` elements from ``start`` on."""
+        at = 0
+        for entry, first, length in self.runs:
+            low, high = max(start, at), min(start + count, at + length)
+            if low < high:
+                yield entry, first + low - at, high - low
+            at += length
+            if at >= start + count:
+                return
 
 
 @dataclass(frozen=True, slots=True)

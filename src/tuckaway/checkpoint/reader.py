@@ -23,7 +23,7 @@ import torch
 
 from tuckaway import files
 from tuckaway.checkpoint.batches import Batch, Part, Request, batches, most_bytes, rounded
-from tuckaway.checkpoint.entry import ResidentEntry, StridedEntry, TensorEntry, open_regular
+from tuckaway.checkpoint.entry import JoinedEntry, ResidentEntry, StridedEntry, TensorEntry, open_regular
 from tuckaway.checkpoint.progress import Progress
 from tuckaway.checkpoint.ring import Ring, Slot
 from tuckaway.errors import CheckpointError, ChecksumError, StoreError, TruncatedError
@@ -204,6 +204,7 @@ class _Source:
         self.fd = -1
         self.entry: TensorEntry | None = None
         self.made: tuple[TensorEntry, torch.Tensor] | None = None
+        self.sums: dict[str, list[tuple[int, int, int]]] = {}  # of tensors that are joined, run by run
 
     def fill(self, batch: Batch, slot: Slot) -> list[torch.Tensor]:
         """Read a batch into a slot and return the tensors of its parts."""
@@ -233,12 +234,48 @@ class _Source:
 
     def _whole(self, part: Part) -> torch.Tensor:
         """Return a part of a tensor that cannot be read in parts; it is made once for all of them."""
+        if isinstance(part.entry, JoinedEntry):
+            return self.joined(part.entry, part.start, part.nbytes // part.entry.dtype.itemsize)
         if self.made is None or self.made[0] is not part.entry:
             self.made = (part.entry, _make(part.entry, self).reshape(-1))
         tensor = self.made[1]
         if part.last:
             self.made = None
         return tensor[part.start : part.start + part.nbytes // part.entry.dtype.itemsize]
+
+    def joined(self, entry: JoinedEntry, start: int, count: int) -> torch.Tensor:
+        """Return ``count`` elements of a tensor that lies in parts: only they are read."""
+        itemsize = entry.dtype.itemsize
+        memory = torch.empty(count * itemsize, dtype=torch.uint8, device="cpu")
+        view, place = _bytes(memory), 0
+        for source, first, length in entry.overlapping(start, count):
+            offset, nbytes = source.offset + first * itemsize, length * itemsize
+            self.open(source)
+            batch = Batch([Part(source, first, offset, nbytes, place, False)], nbytes)
+            own = view[place : place + nbytes]
+            self.read([own], offset, batch)
+            if source.crc32 is not None:
+                self._sum(source, first * itemsize, nbytes, files.crc32(own))
+            place += nbytes
+        return memory.view(entry.dtype)
+
+    def _sum(self, entry: TensorEntry, start: int, nbytes: int, crc32: int) -> None:
+        """Take the checksum of a run, which may come before one that lies before it; compare when all are there."""
+        runs = self.sums.setdefault(entry.name, [])
+        if runs and sum(runs[-1][:2]) == start:
+            before = runs.pop()
+            start, nbytes, crc32 = (
+                before[0],
+                before[1] + nbytes,
+                files.crc32_combine(before[2], crc32, nbytes),
+            )
+        runs.append((start, nbytes, crc32))
+        if sum(length for _, length, _ in runs) < entry.nbytes:
+            return
+        value = 0
+        for _, length, part in sorted(self.sums.pop(entry.name)):
+            value = files.crc32_combine(value, part, length)
+        _compare(entry, value)
 
     def open(self, entry: TensorEntry) -> None:
         """Make sure that the entry's file is open and still the one that was checked."""
@@ -315,6 +352,8 @@ def _make(entry: TensorEntry, source: _Source) -> torch.Tensor:
     """Read a whole tensor into memory of its own."""
     if isinstance(entry, ResidentEntry):
         return entry.data
+    if isinstance(entry, JoinedEntry):
+        return source.joined(entry, 0, entry.numel).view(entry.shape)
     nbytes = entry.span if isinstance(entry, StridedEntry) else entry.nbytes
     memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     if nbytes:

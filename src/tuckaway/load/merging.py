@@ -12,13 +12,15 @@ from pathlib import Path
 import torch
 
 from tuckaway.checkpoint import TensorEntry
-from tuckaway.checkpoint.entry import ResidentEntry
+from tuckaway.checkpoint.entry import JoinedEntry, ResidentEntry
 from tuckaway.checkpoint.reader import read_tensor
 from tuckaway.errors import ConfigError, MismatchError
 
-__all__ = ["ComputedEntry", "Merge", "Split"]
+__all__ = ["ComputedEntry", "Merge", "Split", "joined"]
 
 _ANY, _NUMBER = "*", "#"
+_SHORT = 4096
+"""Bytes of the shortest run that is read by itself: a GB in shorter ones is a million calls and tuples."""
 
 
 class ComputedEntry(ResidentEntry):
@@ -90,7 +92,7 @@ class Merge:
                 result.pop(next(key for key in _names_of(entries, entry)), None)
         return result
 
-    def _joined(self, name: str, parts: list[dict[int, TensorEntry]]) -> ComputedEntry:
+    def _joined(self, name: str, parts: list[dict[int, TensorEntry]]) -> TensorEntry:
         counts = {tuple(sorted(part)) for part in parts}
         numbers = next(iter(counts))
         if len(counts) > 1 or (numbers[0] >= 0 and numbers != tuple(range(len(numbers)))):
@@ -105,7 +107,46 @@ class Merge:
                 joined.append(torch.stack(tensors) if numbers[0] >= 0 else tensors[0])
             return torch.cat(joined, self.dim) if len(joined) > 1 else joined[0]
 
-        return _computed(name, make, parts[0][numbers[0]].path)
+        computed = _computed(name, make, parts[0][numbers[0]].path)
+        sources = [[part[number] for number in sorted(part)] for part in parts]
+        in_runs = None if self.transpose else joined(computed, sources, self.dim, stacked=numbers[0] >= 0)
+        return in_runs or computed
+
+
+def joined(
+    like: TensorEntry, sources: Sequence[Sequence[TensorEntry]], dim: int, *, stacked: bool
+) -> JoinedEntry | None:
+    """Return a tensor that is read run by run out of those that it is joined of; None where that makes no sense.
+
+    Args:
+        like: name, dtype and shape of it.
+        sources: the tensors of each part; one, or as many as are stacked.
+        dim: dimension that the parts are joined along.
+        stacked: the tensors of a part are stacked along a new first dimension.
+    """
+    flat = [entry for part in sources for entry in part]
+    if any(type(entry) is not TensorEntry or entry.dtype != like.dtype for entry in flat):
+        return None
+    dim %= max(len(like.shape), 1)
+    if stacked and dim == 0:
+        runs = [(entry, 0, entry.numel) for entry in flat]
+    else:
+        # what lies before the dimension is gone through once, with a run of each part at each step
+        outer = math.prod(like.shape[:dim])
+        inside = outer // like.shape[0] if stacked and like.shape[0] else outer
+        runs = [
+            (entry, step % inside * length, length)
+            for step in range(outer)
+            for part in sources
+            for entry in [part[step // inside] if stacked else part[0]]
+            for length in [entry.numel // inside]
+        ]
+    if any(length * like.dtype.itemsize < _SHORT for _, _, length in runs):
+        return None
+    first = flat[0]
+    return JoinedEntry(
+        like.name, like.dtype, like.shape, first.path, first.offset, like.nbytes, runs=tuple(runs)
+    )
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from tuckaway.checkpoint.entry import ResidentEntry
 from tuckaway.checkpoint.reader import read_tensor
 from tuckaway.errors import MismatchError
 from tuckaway.integrations.transformers.computed import never_saved
+from tuckaway.load.merging import joined
 
 __all__ = ["converted", "in_model_names"]
 
@@ -134,10 +135,28 @@ class _Group:
                 where=self.sources[0][1].path.name,
                 hint="build the model with the checkpoint's configuration",
             ) from error
-        return {
+        found: dict[str, TensorEntry] = {
             name: ComputedEntry(name, tensor, self.sources[0][1], self, model)
             for name, tensor in shapes.items()
         }
+        if len(found) == 1:
+            ((name, entry),) = found.items()
+            found[name] = self._in_runs(entry) or entry
+        return found
+
+    def _in_runs(self, like: TensorEntry) -> TensorEntry | None:
+        """Return a stack of experts that is read out of them piece by piece; None if it is made otherwise."""
+        operations = list(self.converter.operations)
+        kinds = [type(operation).__name__ for operation in operations]
+        if kinds not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) or operations[0].dim != 0:
+            return None
+        parts = [
+            [entry for own, entry in self.sources if own == pattern]
+            for pattern in self.converter.source_patterns
+        ]
+        if not parts[0] or len({len(part) for part in parts}) > 1:
+            return None
+        return joined(like, parts, operations[-1].dim, stacked=True)
 
     def make(self, name: str, model: Any) -> torch.Tensor:
         """Read the sources and return one of the tensors made of them; its siblings wait until they are asked for."""
