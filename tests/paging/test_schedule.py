@@ -18,7 +18,9 @@ import pytest
 import torch
 
 from paging_models import WIDTH, Block, make, page
+from tuckaway.paging import capture as capture_module
 from tuckaway.paging import checksums as checksums_module
+from tuckaway.paging import pager as pager_module
 from tuckaway.paging import paging_of
 from tuckaway.paging import store as store_module
 from tuckaway.paging import transfer as transfer_module
@@ -296,3 +298,56 @@ def test_copies_of_a_page_do_not_wait_for_the_turn_that_the_next_ones_wait_for(
     for slot in slots:
         transfer.wait(slot)
     assert side.log == ["wait", "copy"] * 2
+
+
+@pytest.fixture
+def graph(counted: Stream, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Stream]:
+    """Return what lets a paged model's forwards be captured, and gives the stream of the graph's copies."""
+
+    class Cuda:
+        type = "cuda"
+
+    class Torch:
+        cuda = SimpleNamespace(is_current_stream_capturing=lambda: True)
+        accelerator = transfer_module.torch.accelerator
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+    for module in (pager_module, capture_module):
+        monkeypatch.setattr(module, "torch", Torch())
+        monkeypatch.setattr(
+            module, "Slot", lambda number, nbytes, _: Slot(number, nbytes, torch.device("cpu"))
+        )
+
+    def capture(model: Any) -> Stream:
+        paging = paging_of(model)
+        monkeypatch.setattr(paging.homes, "pinned", paging.homes.in_memory)
+        paging.pager.device, paging.pager._graph_stream = Cuda(), (side := Stream())
+        return side
+
+    return capture
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("computing", [0.2, 1.9, 4.4])
+def test_in_a_graph_nothing_waits_but_for_the_slowest(
+    counted: Stream,
+    graph: Callable[[Any], Stream],
+    monkeypatch: pytest.MonkeyPatch,
+    computing: float,
+    slots: int,
+) -> None:
+    """A replay begins with the copy of its first page and ends with its last block: what lies between is full."""
+    monkeypatch.setattr(Timed, "python", 0.0)
+    monkeypatch.setattr(Timed, "computing", computing)
+    model = page(make(Stack), {"": "cpu"}, slots=slots)
+    x, times = torch.zeros(1, WIDTH), []
+    with torch.no_grad():
+        model(x)  # shows the order of the pages
+        side = graph(model)
+        for _ in range(3):
+            began = max(counted.busy_until, side.busy_until)
+            model(x)
+            times.append(max(counted.busy_until, side.busy_until) - began)
+    assert times == pytest.approx([BLOCKS * max(COPY, computing) + min(COPY, computing)] * 3)
