@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -27,6 +28,8 @@ def read_only(folder: Path) -> Iterator[None]:
     """Take away the right to write to a folder; root, who has every right, becomes somebody else meanwhile."""
     folder.chmod(0o555)
     root = os.geteuid() == 0
+    gc.collect()  # what other tests left is finalized by who may remove its files
+    gc.disable()
     if root:
         os.seteuid(NOBODY)
     try:
@@ -34,6 +37,7 @@ def read_only(folder: Path) -> Iterator[None]:
     finally:
         if root:
             os.seteuid(0)
+        gc.enable()
         folder.chmod(0o755)
 
 
