@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+from interrupting import interrupted_at
 from tuckaway import files
 from tuckaway.errors import StoreError, StoreFull
 
@@ -99,6 +100,28 @@ def test_a_file_system_without_reservations_is_asked_for_its_free_space(opened, 
     assert os.fstat(opened).st_size == 100
     with pytest.raises(StoreFull, match="are free"):
         files.reserve(opened, 1 << 60, tmp_path / "data")
+
+
+def test_what_refuses_a_reservation_for_another_reason_is_not_asked_again():
+    """A pipe has no blocks to reserve; of its size the system would say something else."""
+    ours, theirs = os.pipe()
+    with pytest.raises(StoreError, match="reserve 100 bytes") as caught:
+        files.reserve(theirs, 100)
+    assert caught.value.errno == errno.ESPIPE
+    os.close(ours)
+    os.close(theirs)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EBADF])
+def test_a_disk_that_fails_at_a_reservation_gets_no_size(opened, tmp_path, monkeypatch, number):
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", fails)
+    with pytest.raises(StoreError) as caught:
+        files.reserve(opened, 100, tmp_path / "data")
+    assert caught.value.errno == number
+    assert os.fstat(opened).st_size == 0
 
 
 def test_require_space(tmp_path):
@@ -224,3 +247,39 @@ def test_a_folder_is_made_once_and_listed_in_order(tmp_path):
     for name in ("c", "a", "b"):
         (tmp_path / "a" / name).touch()
     assert files.names_in(tmp_path / "a") == ["a", "b", "c"]
+
+
+def test_descriptors_are_held_or_closed_whatever_interrupts(tmp_path):
+    path = tmp_path / "data"
+    path.write_bytes(b"x")
+    before = len(os.listdir("/proc/self/fd"))
+
+    def work():
+        held: list[int] = []
+        lists.append(held)
+        for _ in range(2):
+            files.open_held(held, path, os.O_RDONLY)
+        assert os.read(held[0], 9) == b"x"
+        files.close_held(held)
+        assert held == []
+
+    lists, numbers = [], []
+    for moment in interrupted_at(work):
+        numbers.append(moment.number)
+        held = lists[-1]
+        for fd in held:
+            os.fstat(fd)
+        assert len(os.listdir("/proc/self/fd")) == before + len(held), moment.where
+        files.close_held(held)
+    assert len(numbers) > 3
+    work()
+
+
+def test_a_descriptor_that_cannot_be_closed_is_let_go_of():
+    ours, theirs = os.pipe()
+    os.close(ours)
+    held = [theirs, ours]
+    files.close_held(held)
+    assert held == []
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(theirs)

@@ -20,6 +20,7 @@ from tuckaway.paging import CapturedStep, paging_of
 from tuckaway.paging import capture as capture_module
 from tuckaway.paging import pager as pager_module
 from tuckaway.paging import step as step_module
+from tuckaway.paging.binding import Turn
 from tuckaway.paging.capture import Scope
 
 
@@ -162,7 +163,7 @@ def test_a_graph_has_every_page_when_it_is_used(cuda, monkeypatch, copies, slots
             for seed in range(2):
                 assert torch.equal(model(tokens(seed)), resident(tokens(seed)))
     assert paging_of(model).pager._local.scope is None
-    assert all(page.turns == 0 and not page.captured for page in paging_of(model).pages)
+    assert all(not page.turns and not page.captured for page in paging_of(model).pages)
 
 
 def test_every_page_is_copied_once_ahead_of_its_turn_and_none_for_the_next_replay(cuda, monkeypatch, copies):
@@ -204,7 +205,7 @@ def test_one_page_is_not_in_a_graph_and_in_an_eager_forward(cuda, monkeypatch):
     with pytest.raises(PagingError, match="captured in a graph and by another"):
         pager.bring_in(block)
     pager.release(turn)
-    block.turns = 1
+    block.turns = {Turn(block)}
     with captured(), pytest.raises(PagingError, match="captured in a graph and by another"):
         pager.bring_in(block)
 
@@ -249,8 +250,8 @@ def note_needs(model, monkeypatch):
     pager, store = paging_of(model).pager, paging_of(model).homes.store
     bring_in = pager.bring_in
 
-    def watched(page, *, own=False):
-        turn = bring_in(page, own=own)
+    def watched(page, **options):
+        turn = bring_in(page, **options)
         if World.capturing and page.unit.home == "disk":
             source = torch.empty(page.unit.layout.nbytes, dtype=torch.uint8)
             store.read(paging_of(model).homes.number(page.unit), source)

@@ -72,10 +72,10 @@ def count_misses(model):
     misses: list[str] = []
     bring_in = pager.bring_in
 
-    def counting(page, *, own=False):
+    def counting(page, **options):
         if page.slot is None:
             misses.append(page.unit.name)
-        return bring_in(page, own=own)
+        return bring_in(page, **options)
 
     pager.bring_in = counting
     return misses
@@ -165,7 +165,7 @@ def test_own_storage_is_not_taken_away_by_another_turn():
     assert model.blocks[0].up.weight is weight
     pager.release(own)
     assert model.blocks[0].up.weight.is_meta
-    assert block.users == block.turns == 0
+    assert block.users == block.turns == set()
 
 
 def test_disk_pages_are_read_by_another_thread(tmp_path, monkeypatch):
@@ -266,7 +266,7 @@ def test_a_wait_that_is_interrupted_does_no_harm(tmp_path, monkeypatch):
     monkeypatch.undo()
     for _ in range(2):
         assert torch.equal(forward(model), want)
-    assert all(page.users == page.turns == 0 for page in paging_of(model).pages)
+    assert all(page.users == page.turns == set() for page in paging_of(model).pages)
 
 
 def test_disk_pages_that_stay_in_memory_are_read_once(tmp_path, monkeypatch):
@@ -336,4 +336,4 @@ def test_ten_thousand_turns_in_eight_threads_give_the_same_bits(tmp_path, home):
         sys.setswitchinterval(interval)
     assert failures == []
     assert sum(turns) >= 10_000
-    assert all(page.users == page.turns == 0 for page in paging_of(model).pages)
+    assert all(page.users == page.turns == set() for page in paging_of(model).pages)

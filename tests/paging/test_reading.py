@@ -114,7 +114,7 @@ def test_a_file_system_that_refuses_is_read_through_the_cache(store, page, monke
 
 def test_where_there_is_no_direct_reading_it_is_not_tried(monkeypatch):
     monkeypatch.delattr(os, "O_DIRECT")
-    assert module._around_the_cache(0) == -1
+    assert module._around_the_cache(0, []) == -1
 
 
 def test_every_flipped_byte_is_found_whatever_is_read(tmp_path, store, page):

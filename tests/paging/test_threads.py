@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from interrupting import interrupted_at, wait_until
 from tuckaway.paging.threads import Threads, is_reading_thread, reading_thread_count
 
 
@@ -25,21 +26,29 @@ def test_what_is_submitted_is_done_by_the_threads():
         threads.submit(print)
 
 
-def test_an_interrupted_start_leaves_no_thread(monkeypatch):
-    start, started = threading.Thread.start, []
+def test_an_interrupted_start_leaves_no_thread():
+    before = set(threading.enumerate())
+    numbers = []
+    for moment in interrupted_at(lambda: Threads(2).close()):
+        numbers.append(moment.number)
+        gc.collect()
+        wait_until(lambda: set(threading.enumerate()) <= before)
+    assert len(numbers) > 10
 
-    def interrupted(thread):
+
+def test_threads_that_cannot_be_started_are_told_of(monkeypatch):
+    before, start = set(threading.enumerate()), threading.Thread.start
+
+    def second_fails(thread):
+        if thread.name.endswith("_1"):
+            raise RuntimeError("can't start new thread")
         start(thread)
-        started.append(thread)
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(threading.Thread, "start", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        Threads(2)
+    monkeypatch.setattr(threading.Thread, "start", second_fails)
+    with pytest.raises(RuntimeError, match="can't start"):
+        Threads(3)
     gc.collect()
-    assert len(started) == 1
-    started[0].join(30)
-    assert not started[0].is_alive()
+    wait_until(lambda: set(threading.enumerate()) <= before)
 
 
 def test_one_thread_keeps_the_order():

@@ -161,8 +161,12 @@ class ResidentEntry(TensorEntry):
     data: torch.Tensor = field(default_factory=lambda: torch.empty(0), repr=False, compare=False)
 
 
-def open_regular(path: Path) -> int:
+def open_regular(path: Path, held: list[int] | None = None) -> int:
     """Open a file to read, but nothing else that a name can stand for: opening a pipe or a tape can hang or act.
+
+    Args:
+        path: which.
+        held: gets the number of the open file at once, so that its owner closes it whatever interrupts this.
 
     Raises:
         CheckpointNotFound: there is none.
@@ -173,13 +177,14 @@ def open_regular(path: Path) -> int:
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise UnsafePathError("this is not a regular file", where=path)
-            fd = os.open(path, _FLAGS)
+            held = [] if held is None else held
+            fd = files.open_held(held, path, _FLAGS)
         except ValueError as error:  # a zero byte in the name
             raise CheckpointError(f"cannot open it: {error}", where=path) from error
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):  # it was replaced in between
                 raise UnsafePathError("this is not a regular file", where=path)
         except BaseException:
-            files.close(fd)
+            files.close_held(held)
             raise
     return fd

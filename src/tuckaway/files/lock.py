@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tuckaway.errors import StoreBusy
-from tuckaway.files.system import FLAGS, UNSUPPORTED, PathLike, close, remove, typed
+from tuckaway.files.system import FLAGS, UNSUPPORTED, PathLike, close_held, open_held, remove, typed
 
 try:
     import fcntl
@@ -50,7 +50,11 @@ class FolderLock:
 
     def __init__(self, path: PathLike) -> None:
         self.path = Path(path)
-        self._fd = -1
+        self._held: list[int] = []
+
+    @property
+    def _fd(self) -> int:
+        return self._held[-1] if self._held else -1
 
     def acquire(self, *, shared: bool = False) -> bool:
         """Take the lock, or change how it is held, without waiting; ``False``: others hold it, and this one does not.
@@ -64,7 +68,7 @@ class FolderLock:
                 while self._fd < 0 or not self._is_current():
                     # Between open and lock its last holder may have removed the file: then that lock guards nothing.
                     self._close()
-                    self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | FLAGS, 0o666)
+                    open_held(self._held, self.path, os.O_RDWR | os.O_CREAT | FLAGS)
                     if not try_lock(self._fd, shared=shared):
                         return False
                 held = try_lock(self._fd, shared=shared)
@@ -89,9 +93,10 @@ class FolderLock:
             return False
 
     def _close(self) -> None:
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            close(fd)
+        close_held(self._held)
+
+    def __del__(self) -> None:
+        close_held(self._held)  # one that an interrupt left without its owner
 
     def __enter__(self) -> FolderLock:
         if not self.acquire():

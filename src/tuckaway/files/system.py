@@ -19,10 +19,12 @@ __all__ = [
     "UNSUPPORTED",
     "PathLike",
     "close",
+    "close_held",
     "exists",
     "forget",
     "make_folder",
     "names_in",
+    "open_held",
     "read_at",
     "remove",
     "remove_folder",
@@ -215,6 +217,29 @@ def close(opened: int | io.FileIO) -> None:
             os.close(opened)
         else:
             opened.close()
+
+
+def open_held(held: list[int], path: PathLike, flags: int, mode: int = 0o666) -> int:
+    """Open a file, and put its number into ``held`` before Ctrl-C can come between.
+
+    An interrupt right behind ``os.open`` loses the number that it returned. Here the list takes it while the
+    interpreter, which looks for signals between two calls of Python, is inside one.
+
+    Raises:
+        OSError: the system refused.
+    """
+    held.extend(map(os.open, (path,), (flags,), (mode,)))
+    return held[-1]
+
+
+def close_held(held: list[int]) -> None:
+    """Close what the list holds, the last first. Interrupted, it leaves in the list exactly what is open still."""
+    while held:
+        with contextlib.suppress(OSError, IndexError):
+            for _ in map(
+                os.close, iter(held.pop, None)
+            ):  # each is popped and closed within one step of the loop
+                pass
 
 
 def exists(path: PathLike) -> bool:

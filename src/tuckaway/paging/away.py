@@ -50,7 +50,8 @@ def placeholder(paging: Paging, name: str, spec: TensorSpec) -> torch.Tensor:
         name: the name its bytes are kept under.
         spec: its form.
     """
-    with torch.inference_mode(False), torch.no_grad():
+    with torch._C._InferenceMode(False):  # whatever interrupts it, both modes are as before
+        torch._C._set_grad_enabled(False)
         away = _wrap(spec.build(spec.empty("meta")), _AwayBuffer if spec.is_buffer else _AwayParameter, None)
         if isinstance(away, QuantizedTensor):
             away._is_param = not spec.is_buffer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,7 +15,10 @@ from tuckaway.paging.slots import Slot
 from tuckaway.paging.units import PageUnit
 from tuckaway.tensor import TensorSpec
 
-__all__ = ["Binding", "Page", "guard"]
+if TYPE_CHECKING:
+    from tuckaway.paging.capture import Turns
+
+__all__ = ["Binding", "Page", "Turn", "guard"]
 
 
 class Binding:
@@ -33,6 +36,23 @@ class Binding:
         self.away = away
 
 
+class Turn:
+    """A page brought in for one forward.
+
+    Attributes:
+        page: which.
+        slot: which slot it reads; None when it has storage of its own.
+        scope: the graph it is part of.
+    """
+
+    __slots__ = ("page", "scope", "slot")
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.slot: Slot | None = None
+        self.scope: Turns | None = None
+
+
 class Page:
     """A page of a running model.
 
@@ -40,8 +60,8 @@ class Page:
         unit: what it holds.
         specs: form of each of its tensors.
         bindings: where they show.
-        users: forwards that read its slot now.
-        turns: forwards that it is bound for now, with a slot or without.
+        users: turns that read its slot now.
+        turns: turns that it is bound for now, with a slot or without.
         slot: where it is, or is being brought; None when it is only at home.
         own: bound tensors have storage of their own.
         captured: its turns are part of a graph that is being captured.
@@ -54,8 +74,9 @@ class Page:
         self.unit = unit
         self.specs = {name: specs[name] for name in unit.tensors}
         self.bindings = list(bindings)
-        self.users = 0
-        self.turns = 0
+        # sets, not counts: to end a turn twice, or one that an interrupt left half begun, does no harm
+        self.users: set[Turn] = set()
+        self.turns: set[Turn] = set()
         self.slot: Slot | None = None
         self.own = False
         self.captured = False
@@ -63,7 +84,9 @@ class Page:
 
     def build(self, buffer: torch.Tensor, *, with_grad: bool) -> tuple[torch.Tensor, ...]:
         """Make the tensors of every binding as views of ``buffer``; ties stay ties."""
-        with torch.inference_mode(False), torch.no_grad():
+        # not torch.no_grad, which an interrupt between its lines leaves without its end: this guard has no lines
+        with torch._C._InferenceMode(False):
+            torch._C._set_grad_enabled(False)
             views = self.unit.layout.views(buffer)
             parts: dict[str, Components] = {}
             for (name, component), view in views.items():

@@ -18,9 +18,8 @@ from accelerate.hooks import AlignDevicesHook
 from torch import nn
 
 from tuckaway.errors import PagingError
-from tuckaway.paging.binding import Page
+from tuckaway.paging.binding import Page, Turn
 from tuckaway.paging.inputs import first_device, move, wants_grad
-from tuckaway.paging.pager import Turn
 from tuckaway.paging.recompute import bring_in_again
 from tuckaway.paging.units import as_device
 
@@ -161,8 +160,9 @@ class PageHook(AlignDevicesHook):  # type: ignore[misc]
         # first of all: torch calls _after even when this raises, and it takes the last entry
         entries = self._entries()
         if entries:
-            self._drop_stale(entries)
+            self.end_stale_turns(entering=True)
         if self._root and not entries:
+            self.paging.end_stale_turns()
             self.paging.pager.begin_forward()
         entry = _Entry(direct=False)
         entries.append(entry)
@@ -177,10 +177,11 @@ class PageHook(AlignDevicesHook):  # type: ignore[misc]
 
     def _leave(self, output: Any) -> Any:
         entries = self._entries()
-        entry = entries.pop() if entries else None
-        if entry is None:
+        if not entries:
             return output
+        entry = entries[-1]
         self._release(entry)
+        entries.pop()  # last of all: what is in the list will be ended, if not by this call
         if self._root and not entries and not entry.direct:
             self.paging.pager.end_forward()
         return output if entry.home is None or output is None else move(output, entry.home, self.skip_keys)
@@ -195,9 +196,7 @@ class PageHook(AlignDevicesHook):  # type: ignore[misc]
             )
         )
         for page in self.pages:
-            turn = self.paging.pager.bring_in(page, own=own)
-            if turn is not None:
-                entry.turns.append(turn)
+            self.paging.pager.bring_in(page, own=own, turns=entry.turns)
 
     def _in_place(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a function with the pages in, as they are already unless it is run in a backward pass."""
@@ -205,14 +204,19 @@ class PageHook(AlignDevicesHook):  # type: ignore[misc]
             return function(*args, **kwargs)
         entry = _Entry(direct=True)
         try:
-            self._bring_in(entry, (args, kwargs), own=True)
-            return function(*args, **kwargs)
+            try:
+                self._bring_in(entry, (args, kwargs), own=True)
+                return function(*args, **kwargs)
+            finally:
+                self._release(entry)
         finally:
-            self._release(entry)
+            if entry.turns:  # interrupted right there
+                self._release(entry)
 
     def _release(self, entry: _Entry) -> None:
         while entry.turns:
-            self.paging.pager.release(entry.turns.pop())
+            self.paging.pager.release(entry.turns[-1])
+            entry.turns.pop()
         for tensors, attribute, away in entry.away:
             tensors[attribute] = away
         entry.away.clear()
@@ -224,12 +228,21 @@ class PageHook(AlignDevicesHook):  # type: ignore[misc]
             self._local.entries = []
             return self._local.entries  # type: ignore[no-any-return]
 
-    def _drop_stale(self, entries: list[_Entry]) -> None:
-        """End turns that torch did not: a KeyboardInterrupt in a forward skips the hooks after it."""
+    def end_stale_turns(self, *, entering: bool = False) -> None:
+        """End this thread's turns that torch did not: a KeyboardInterrupt in a forward skips the hooks after it.
+
+        Args:
+            entering: one of the module's calls has no entry yet.
+        """
+        entries = self._entries()
+        if not entries:
+            return
         running = sum(1 for _ in _calls_of(self._module))
-        while sum(1 for entry in entries if not entry.direct) >= max(running, 1):
+        allowed = max(running - entering, 0)
+        while sum(1 for entry in entries if not entry.direct) > allowed:
             number = max(i for i, entry in enumerate(entries) if not entry.direct)
-            self._release(entries.pop(number))
+            self._release(entries[number])
+            entries.pop(number)
 
     # Called by accelerate, transformers and peft
 
@@ -248,7 +261,7 @@ class PageHook(AlignDevicesHook):  # type: ignore[misc]
                 self._bind_elsewhere(entry, module, device)
             elif self.pages:
                 # what the caller writes to the weights must not stay in a slot
-                own = all(page.turns == 0 for page in self.pages)
+                own = not any(page.turns for page in self.pages)
                 self._bring_in(entry, (args, kwargs), own=own)
         except BaseException:
             self._release(entry)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tuckaway.formats import Components
-from tuckaway.paging.state import ATTRIBUTE, MOVES, paging_of
+from tuckaway.paging.state import paging_of
 from tuckaway.paging.units import as_device
 
 __all__ = ["detach", "is_paged", "materialize", "offloaded_tensor"]
@@ -37,6 +37,8 @@ def offloaded_tensor(model: nn.Module, name: str) -> Components | None:
 def materialize(model: nn.Module, device: torch.device | str | int | None = None) -> nn.Module:
     """Bring every paged tensor of a model back and remove all hooks: it is an ordinary model again.
 
+    Interrupted by Ctrl-C, it leaves a model that computes the same; called again, it does the rest.
+
     Args:
         model: a paged model; one that is not paged is returned as it is.
         device: where paged tensors go; ``None``: the device they execute on. Resident ones stay where they are.
@@ -53,16 +55,15 @@ def materialize(model: nn.Module, device: torch.device | str | int | None = None
     paging = paging_of(model)
     if paging is None:
         return model
-    paging.take_out(paging.pages, paging.plan.execution_device if device is None else as_device(device))
+    paging.bring_back(paging.pages, paging.plan.execution_device if device is None else as_device(device))
     for module, hook in paging.hooks:
         hook.remove()
         if module.__dict__.get("_hf_hook") is hook:
             del module.__dict__["_hf_hook"]
-    paging.hooks.clear()
-    for name in (*MOVES, ATTRIBUTE):
-        model.__dict__.pop(name, None)
     with contextlib.suppress(AttributeError):
         del model.hf_device_map
+    paging.end()  # last of all: interrupted before, it is called again and does the rest
+    paging.hooks.clear()
     return model
 
 

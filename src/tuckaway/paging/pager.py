@@ -17,31 +17,20 @@ from typing import Any
 import torch
 
 from tuckaway.errors import PagingError
-from tuckaway.paging.binding import Page
+from tuckaway.paging.binding import Page, Turn
 from tuckaway.paging.capture import Recorder, Scope, Turns
 from tuckaway.paging.homes import PageHomes
 from tuckaway.paging.order import Order
 from tuckaway.paging.slots import Slot, Slots, device_memory
 from tuckaway.paging.transfer import Transfer
 
-__all__ = ["Pager", "Turn"]
+__all__ = ["Pager"]
 
 logger = logging.getLogger("tuckaway")
 
 
 _AHEAD, _WRONG = 0, -1
 """Ticks of a slot that was filled ahead of its page's turn, and of one whose guess went wrong."""
-
-
-class Turn:
-    """A page brought in for one forward; hand it back with :meth:`Pager.release`."""
-
-    __slots__ = ("page", "scope", "slot")
-
-    def __init__(self, page: Page, slot: Slot | None, scope: Turns | None = None) -> None:
-        self.page = page
-        self.slot = slot
-        self.scope = scope
 
 
 class Pager:
@@ -107,12 +96,14 @@ class Pager:
 
     # A page's turn
 
-    def bring_in(self, page: Page, *, own: bool = False) -> Turn | None:
+    def bring_in(self, page: Page, *, own: bool = False, turns: list[Turn] | None = None) -> Turn | None:
         """Bind the page's tensors; return the turn to :meth:`release`, or None if the page is gone for good.
 
         Args:
             page: which.
             own: bind storage of its own instead of a slot's, which autograd may keep after the turn.
+            turns: where the turn is put before it holds anything, so that whoever has the list can end it whatever
+                interrupts it.
 
         Raises:
             PagingError: this process is a fork of the one that loaded the model; or one forward of the model is
@@ -127,97 +118,119 @@ class Pager:
                 "the model was loaded before this process was forked, and its threads and streams stayed behind",
                 hint="load it in this process, or start processes with the 'spawn' method",
             )
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return self._capture(page, own=own)
+        turn = Turn(page)
+        try:
+            if turns is not None:
+                turns.append(turn)
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                self._capture(turn, own=own)
+            else:
+                self._bring_in(turn, own=own)
+        except BaseException:
+            self.release(turn)
+            raise
+        return turn
+
+    def _bring_in(self, turn: Turn, *, own: bool) -> None:
+        page = turn.page
         with self._lock:
-            if page.captured:
-                raise _refuse_capture(page)
-            slot = page.slot
-            if slot is not None and page.users == 0 and slot.fill is not None and slot.fill.failed:
-                # it was brought ahead, perhaps long ago, and the disk may be well again
-                slot.page = None
-                slot = page.slot = None
-            if slot is None:
-                for other in self.slots.all:
-                    other.tick = other.tick or _WRONG  # what was brought ahead was not what comes next
-                slot = self._own_slot(page) if page.unit.outer else self._claim()
-                self._fill(page, slot)
-            page.users += 1
-            self._ticks += 1
-            slot.tick = self._ticks
-            if not page.unit.outer and page.turns == 0:
-                self._look_ahead(page)
+            slot = self._enter(turn)
         try:
             self.transfer.wait(slot)
         except BaseException:
             with self._lock:
-                page.users -= 1
-                if page.slot is slot and (slot.fill is None or slot.fill.done()):
-                    page.slot = None
-                    slot.page = None
+                page.users.discard(turn)
+                # an interrupt is no reason: others may be reading the slot
+                if page.slot is slot and not page.users and slot.fill is not None and slot.fill.failed:
+                    page.slot = slot.page = None
             raise
         with self._lock:
             if not own:
-                if page.turns == 0:
-                    self._bind(page, self._built(page, slot))
-                page.turns += 1
-                return Turn(page, slot)
-            try:
-                buffer = device_memory(page.unit.layout.nbytes, self.device)
-                buffer.copy_(slot.buffer[: buffer.numel()])
-                self._bind(page, page.build(buffer, with_grad=True))
-                page.turns += 1
-                page.own = True
-            finally:
-                self._leave(page, slot)
-            return Turn(page, None)
+                self._show(turn, None if page.turns else self._built(page, slot))
+                return
+            buffer = device_memory(page.unit.layout.nbytes, self.device)
+            buffer.copy_(slot.buffer[: buffer.numel()])
+            self._drop_replaced(page)
+            self._show(turn, page.build(buffer, with_grad=True))
+            page.own = True
+            self._leave(turn)
+
+    def _enter(self, turn: Turn) -> Slot:
+        """Have the page in a slot, or on its way into one, for the turn; and the likely next page on its way."""
+        page = turn.page
+        if page.captured:
+            raise _refuse_capture(page)
+        slot = page.slot
+        if slot is not None and not page.users and slot.fill is not None and not slot.fill.wanted:
+            # it was brought ahead, perhaps long ago, and the disk may be well again; or nobody wanted it any more
+            slot.page = None
+            slot = page.slot = None
+        if slot is None:
+            for other in self.slots.all:
+                other.tick = other.tick or _WRONG  # what was brought ahead was not what comes next
+            slot = self._own_slot(page) if page.unit.outer else self._claim()
+            self._fill(page, slot)
+        turn.slot = slot
+        page.users.add(turn)
+        self._ticks += 1
+        slot.tick = self._ticks
+        if not page.unit.outer and not page.turns:
+            self._look_ahead(page)
+        return slot
 
     def release(self, turn: Turn) -> None:
-        """End a turn: the page's parameters are on the meta device again, and its slot is free."""
+        """End a turn: the page's parameters are on the meta device again, and its slot is free.
+
+        Twice does no harm, nor when it was never whole.
+        """
         page = turn.page
         with self._lock:
-            if turn.scope is not None:
-                self._leave_capture(turn, turn.scope)
-            elif turn.slot is not None:
-                self._leave(page, turn.slot)
-            page.turns -= 1
-            if page.turns == 0 and not page.gone:
+            scope, turn.scope = turn.scope, None
+            if scope is not None:
+                self._leave_capture(turn, scope)
+            self._leave(turn)
+            ended = turn in page.turns
+            if ended and len(page.turns) == 1 and not page.gone:
                 page.own = page.captured = False
                 for binding in page.bindings:
                     binding.tensors[binding.attribute] = binding.away
+            page.turns.discard(turn)
 
     def _built(self, page: Page, slot: Slot) -> tuple[torch.Tensor, ...]:
+        self._drop_replaced(page)
         tensors = slot.built.get(page.unit.index)
         if tensors is None:
             tensors = slot.built[page.unit.index] = page.build(slot.buffer, with_grad=False)
         return tensors
 
-    def _leave(self, page: Page, slot: Slot) -> None:
-        self.transfer.used(slot)
-        page.users -= 1
+    def _leave(self, turn: Turn) -> None:
+        """Let go of the turn's slot."""
+        if turn.slot is not None and turn in turn.page.users:
+            self.transfer.used(turn.slot)
+            turn.page.users.discard(turn)
 
-    def _bind(self, page: Page, tensors: tuple[torch.Tensor, ...]) -> None:
-        replaced = False
-        for binding, tensor in zip(page.bindings, tensors, strict=True):
-            if page.turns == 0 and binding.tensors.get(binding.attribute) is not binding.away:
-                replaced = True
-            else:
+    def _show(self, turn: Turn, tensors: tuple[torch.Tensor, ...] | None) -> None:
+        """Begin the turn, with these tensors in the page's places; None leaves those that another turn put there."""
+        turn.page.turns.add(
+            turn
+        )  # first of all: its end takes the tensors out again, those that are there by then
+        if tensors is not None:
+            for binding, tensor in zip(turn.page.bindings, tensors, strict=True):
                 binding.tensors[binding.attribute] = tensor
-        if replaced:
-            self._drop_replaced(page, tensors)
 
-    def _drop_replaced(self, page: Page, tensors: tuple[torch.Tensor, ...]) -> None:
-        """Leave alone what somebody put in a paged tensor's place."""
-        bound = {id(tensor) for tensor in tensors}
+    def _drop_replaced(self, page: Page) -> None:
+        """Leave alone what somebody put in a paged tensor's place, before the first turn of some."""
+        if page.turns or all(b.tensors.get(b.attribute) is b.away for b in page.bindings):
+            return
+        for slot in (*self.slots.all, *self._own_slots.values()):
+            slot.built.pop(page.unit.index, None)
         kept = []
         for binding in page.bindings:
-            if id(binding.tensors.get(binding.attribute)) in bound:
+            if binding.tensors.get(binding.attribute) is binding.away:
                 kept.append(binding)
             else:
                 logger.debug("%r was replaced and is not paged any more", binding.name)
         page.bindings = kept
-        for slot in (*self.slots.all, *self._own_slots.values()):
-            slot.built.pop(page.unit.index, None)
 
     # Slots
 
@@ -225,20 +238,22 @@ class Pager:
         """Find a slot whose page is in nobody's turn, or allocate one."""
         slot = self._find()
         if slot is None:
-            slot = self.slots.add()
-            self.transfer.used(slot)
+            slot = self._add()
             logger.debug("more than %d pages in use at once: allocated slot %d", self.slots.count, slot.index)
         return slot
 
     def _find(self, sooner: Collection[Page] | None = None) -> Slot | None:
         """Find a slot; for a guess, without taking one from a page that is expected ``sooner``."""
         while len(self.slots.all) < self.slots.count:
-            self.transfer.used(self.slots.add())
-        free = [slot for slot in self.slots.all if slot.page is None or slot.page.users == 0]
+            self._add()
+        free = [slot for slot in self.slots.all if slot.page is None or not slot.page.users]
         if sooner is not None:
             # nor from one that was brought ahead and still waits for its turn
             free = [s for s in free if s.page is None or (s.tick != _AHEAD and s.page not in sooner)]
         return max(free, key=self._spare, default=None)
+
+    def _add(self) -> Slot:
+        return self.slots.add(prepare=self.transfer.used)
 
     def _spare(self, slot: Slot) -> tuple[int, int]:
         """How little a slot's page will be missed."""
@@ -254,8 +269,9 @@ class Pager:
     def _own_slot(self, page: Page) -> Slot:
         slot = self._own_slots.get(page.unit.index)
         if slot is None:
-            slot = self._own_slots[page.unit.index] = Slot(-1, page.unit.layout.nbytes, self.device)
+            slot = Slot(-1, page.unit.layout.nbytes, self.device)
             self.transfer.used(slot)
+            self._own_slots[page.unit.index] = slot
         return slot
 
     def _fill(self, page: Page, slot: Slot) -> None:
@@ -285,22 +301,22 @@ class Pager:
 
     # Graph capture
 
-    def _capture(self, page: Page, *, own: bool) -> Turn:
+    def _capture(self, turn: Turn, *, own: bool) -> None:
         """Bind the page in a slot that only this graph uses, filled by a copy that is part of the graph."""
+        page = turn.page
         with self._lock:
             if page.turns and not page.captured:
                 raise _refuse_capture(page)
-            slot, turns = self._slot_in_graph(page)
+            turn.slot, turn.scope = self._slot_in_graph(page)
             if own:
                 buffer = device_memory(page.unit.layout.nbytes, self.device)
-                buffer.copy_(slot.buffer[: buffer.numel()])
-                self._bind(page, page.build(buffer, with_grad=True))
+                buffer.copy_(turn.slot.buffer[: buffer.numel()])
+                self._drop_replaced(page)
+                self._show(turn, page.build(buffer, with_grad=True))
                 page.own = True
-            elif page.turns == 0:
-                self._bind(page, self._built(page, slot))
-            page.turns += 1
+            else:
+                self._show(turn, None if page.turns else self._built(page, turn.slot))
             page.captured = True
-            return Turn(page, slot, turns)
 
     def _slot_in_graph(self, page: Page) -> tuple[Slot, Turns]:
         local = self._local
@@ -350,26 +366,28 @@ class Pager:
                 step.forget(page)
             slot = page.slot
             if slot is not None:
+                slot.page = page.slot = (
+                    None  # before it is cancelled: what is in the slot then is nobody's page
+                )
                 if slot.fill is not None:
                     slot.fill.cancel()
                     slot.fill.settle()
-                slot.page = None
-                page.slot = None
 
     def take_out(self, page: Page) -> None:
         """Stop paging a page: whoever calls it binds real tensors in its place."""
         with self._lock:
             page.gone = True
-            if page.slot is not None and page.users == 0:
+            if page.slot is not None and not page.users:
                 page.slot.page = None
                 page.slot = None
 
     def close(self) -> None:
         """Stop the worker, wait for copies, give the slots' memory back. Twice does no harm."""
-        self.transfer.close()
         with self._lock:
             for page in self.pages:
-                page.slot = None
+                page.slot = None  # before fills are cancelled
+        self.transfer.close()
+        with self._lock:
             self.slots.clear()
             self._own_slots.clear()
 

@@ -68,7 +68,8 @@ class CellReader:
         self._guard = threading.Lock()
         self._identity = self._look()
         self._cache = PageCache(fd, self._identity[2])
-        self._direct_fd = _around_the_cache(fd)
+        self._held: list[int] = []
+        self._direct_fd = _around_the_cache(fd, self._held)
 
     def refresh(self) -> None:
         """Check everything again if the file changed since it was last looked at; once a page is often enough."""
@@ -190,20 +191,21 @@ class CellReader:
     def close(self) -> None:
         """Let go of what it opened itself. Twice does no harm."""
         self._cache.close()
-        self._fd = -1
-        if self._direct_fd >= 0:
-            fd, self._direct_fd = self._direct_fd, -1
-            files.close(fd)
+        self._fd = self._direct_fd = -1
+        files.close_held(self._held)
+
+    def __del__(self) -> None:
+        files.close_held(getattr(self, "_held", []))  # one that an interrupt left without its store
 
 
-def _around_the_cache(fd: int) -> int:
+def _around_the_cache(fd: int, held: list[int]) -> int:
     """Open the same file once more with ``O_DIRECT``; -1 where the system cannot."""
     flag = getattr(os, "O_DIRECT", 0)
     if not flag:
         return -1
     try:
         # by number: another file may have the name by now
-        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | flag | _FLAGS)
+        return files.open_held(held, f"/proc/self/fd/{fd}", os.O_RDONLY | flag | _FLAGS)
     except OSError:
         return -1
 

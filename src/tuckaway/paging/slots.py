@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ def device_memory(nbytes: int, device: torch.device) -> torch.Tensor:
     A tensor made under ``torch.inference_mode`` could never be written to outside it. On the CPU it begins at a
     multiple of 4096, as direct reads want it.
     """
-    with torch.inference_mode(False):
+    with torch._C._InferenceMode(False):  # whatever interrupts it, the mode is as before
         if device.type == "cpu":
             return host_memory(nbytes)
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
@@ -74,9 +75,11 @@ class Slots:
         """Bytes on the device now."""
         return sum(slot.buffer.numel() for slot in self.all)
 
-    def add(self, nbytes: int | None = None) -> Slot:
-        """Allocate one more slot, of the common size or its own."""
+    def add(self, nbytes: int | None = None, *, prepare: Callable[[Slot], None] | None = None) -> Slot:
+        """Allocate one more slot, of the common size or its own; it is in the pool once it was prepared."""
         slot = Slot(len(self.all), self.nbytes if nbytes is None else nbytes, self.device)
+        if prepare is not None:
+            prepare(slot)
         self.all.append(slot)
         return slot
 

@@ -108,7 +108,7 @@ class Paging:
         if device is not None:
             # off the arena, whose memory is let go of one day
             components = {key: part.to(device, copy=True) for key, part in components.items()}
-        with torch.inference_mode(False):
+        with torch._C._InferenceMode(False):  # whatever interrupts it, the mode is as before
             return self.plan.specs[canonical].build(components)
 
     def fetch(self, name: str, *, requires_grad: bool) -> torch.Tensor:
@@ -139,6 +139,7 @@ class Paging:
             page = None if unit is None else self.pager.pages[unit.index]
             if page is None or page.gone:
                 raise PagingError(f"{name!r} is not paged")
+            self.end_stale_turns()
             spec = self.plan.specs[name]
             if spec.layout is None and tensor.is_floating_point() and spec.dtype.is_floating_point:
                 tensor = tensor.detach().to(spec.dtype)
@@ -148,13 +149,33 @@ class Paging:
             except ValueError as error:
                 raise PagingError(f"{name!r} cannot be replaced: {error}") from error
 
+    def end_stale_turns(self) -> None:
+        """End what an interrupted forward of this thread left: its pages are in no turn any more."""
+        if any(page.turns or page.users for page in self.pager.pages):
+            for _, hook in self.hooks:
+                hook.end_stale_turns()
+
     def take_out(self, pages: Sequence[Page], device: torch.device) -> None:
-        """Stop paging some pages and leave their tensors on ``device``; the last one closes the homes.
+        """Stop paging some pages and leave their tensors on ``device``; the last one ends the paging.
 
         Raises:
             PagingError: a forward is using one of them.
             StoreError: its bytes cannot be read.
         """
+        self.bring_back(pages, device)
+        if not self.pages:
+            self.end()
+
+    def bring_back(self, pages: Sequence[Page], device: torch.device) -> None:
+        """Stop paging some pages and leave their tensors on ``device``.
+
+        Interrupted, it leaves some of them brought back and the others paged.
+
+        Raises:
+            PagingError: a forward is using one of them.
+            StoreError: its bytes cannot be read.
+        """
+        self.end_stale_turns()
         with self._lock:
             for page in pages:
                 if page.gone:
@@ -165,8 +186,6 @@ class Paging:
                         hint="wait for the forward to end",
                     )
                 self._take_out(page, device)
-            if not self.pages:
-                self._end()
 
     def _take_out(self, page: Page, device: torch.device) -> None:
         real: dict[str, torch.Tensor] = {}
@@ -176,18 +195,19 @@ class Paging:
                 if isinstance(tensor, nn.Parameter):
                     tensor.requires_grad_(binding.away.requires_grad)
                 real[binding.name] = tensor
-        self.pager.take_out(page)
         for binding in page.bindings:
             # leave alone what somebody put in its place
             if binding.tensors.get(binding.attribute) is binding.away:
                 binding.tensors[binding.attribute] = real[binding.name]
+        self.pager.take_out(page)  # behind it: nobody brings in what is out of paging
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Close, and let the model be an ordinary one. Twice does no harm."""
+        self.close()
         model = self._model()
         if model is not None:
-            for name in (*MOVES, ATTRIBUTE):
+            for name in (*MOVES, ATTRIBUTE):  # the last one is how this is found, should it be interrupted
                 model.__dict__.pop(name, None)
-        self.close()
 
     def close(self) -> None:
         """Stop the worker, unpin, close the store. The model cannot run any more, unless its pages were taken out."""

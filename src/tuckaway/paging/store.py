@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -66,6 +66,8 @@ class Store:
         self.reusable = False
         self._made_folder = False
         self._lock = lock
+        self._held: list[int] = []
+        """What is open, whatever else says so."""
         self._fd = -1
         self._starts: list[int] = []
         end = 0
@@ -135,7 +137,7 @@ class Store:
                 "the manifest describes other pages", where=self.folder / MANIFEST, hint=REMOVE
             )
         try:
-            self._fd = open_regular(self.path)
+            self._fd = open_regular(self.path, self._held)
         except CheckpointError as error:
             raise StoreCorrupt(
                 f"cannot open the pages: {error.what}", where=self.path, hint=REMOVE
@@ -153,7 +155,7 @@ class Store:
         files.remove(self.folder / MANIFEST)
         files.remove(self.path)
         try:
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, 0o666)
+            self._fd = files.open_held(self._held, self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS)
         except OSError as error:
             refused = StoreError(f"cannot write the pages: {error.strerror}", where=self.path)
             refused.errno = error.errno
@@ -237,9 +239,9 @@ class Store:
         if not self._lock.acquire(shared=False):
             self._lock.acquire(shared=True)
             raise StoreBusy("others use the store that is to be changed", where=self.folder, hint=ANOTHER)
-        fd = os.open(self.path, os.O_RDWR | _FLAGS)
+        fd = files.open_held(self._held, self.path, os.O_RDWR | _FLAGS)
         if not os.path.samestat(os.fstat(fd), os.fstat(self._fd)):
-            files.close(fd)
+            files.close(self._held.pop())
             raise StoreCorrupt("the file was replaced by another", where=self.path, hint=REMOVE)
         self._write_fd = fd
         files.remove(self.folder / MANIFEST)
@@ -277,13 +279,17 @@ class Store:
         elif ranges:
 
             def read(number: int) -> None:
+                if not fill.wanted:
+                    return
                 start, nbytes = ranges[number]
                 reader.read(index, number, out[start : start + nbytes], around=around)
 
-            fill = Fill()
-            fill.expect(len(ranges))
-            self.threads().submit(*(partial(fill.piece, partial(read, n)) for n in range(len(ranges))))
-            fill.result()
+            fill = Fill(self.submit)
+            try:
+                fill.begin(partial(read, n) for n in range(len(ranges)))
+                fill.result()
+            finally:
+                fill.cancel()  # after an interrupt nobody wants the rest
 
     def read_item(self, index: int, item: PageItem) -> torch.Tensor:
         """Read one component of a page into memory of its own; what was not checked yet is."""
@@ -293,6 +299,16 @@ class Store:
         elif item.nbytes:
             files.read_at(self._fd, byte_view(out), self._starts[index] + item.offset, self.path)
         return out.view(item.dtype).view(item.shape)
+
+    def submit(self, *calls: Callable[[], object]) -> None:
+        """Have the threads that read make calls, in this order.
+
+        Raises:
+            RuntimeError: the store is closed.
+        """
+        if self._fd < 0:
+            raise RuntimeError("the threads that read were ended")
+        self.threads().submit(*calls)
 
     def threads(self) -> Threads:
         """The threads that read; made when first asked for."""
@@ -312,17 +328,16 @@ class Store:
         if self._reader is not None:
             self._reader.close()
             self._reader = None
-        rewritten, fds = self._write_fd >= 0, [fd for fd in (self._write_fd, self._fd) if fd >= 0]
-        self._write_fd = self._fd = -1
-        for fd in fds:
-            files.close(fd)
+        self._fd = -1
+        files.close_held(self._held)
         if owner:  # a forked process leaves the file and the lock to the one that opened them
-            if rewritten:
+            if self._write_fd >= 0:
                 files.remove(self.path)
+            self._write_fd = -1
             self._lock.release()
 
     def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
+        if getattr(self, "_held", None):
             self.close()
 
     def abort(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import logging
 import os
@@ -49,21 +50,24 @@ class Threads:
     """
 
     def __init__(self, count: int) -> None:
-        work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._work = work
         self._threads = [
             threading.Thread(target=_run, args=(work,), name=f"{_NAME}_{number}", daemon=True)
             for number in range(count)
         ]
-        # daemons are not waited for by the interpreter, and must not be in a copy when it takes itself apart;
-        # before the first starts, as Ctrl-C may end the wait for a start, and the thread runs all the same
-        self._end = weakref.finalize(self, _end, work, self._threads)
+        # daemons are not waited for by the interpreter, and must not be in a copy when it takes itself apart
+        self._finalizer = weakref.finalize(self, _end, work, self._threads)
         self._closed = False
         self._lock = threading.Lock()
-        for thread in self._threads:
-            thread.start()
+        # by a thread that Ctrl-C does not reach: Thread.start waits for an event, and an interrupt in that wait can
+        # leave the event's lock taken, which the thread that was started would wait for to its end
+        started: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        _thread.start_new_thread(_start, (self._threads, started))
+        if (error := started.get()) is not None:
+            raise error
 
-    def submit(self, *calls: Callable[[], None]) -> None:
+    def submit(self, *calls: Callable[[], object]) -> None:
         """Have the threads call, in this order and nothing in between; the calls should not raise.
 
         Raises:
@@ -79,10 +83,21 @@ class Threads:
         """End the threads and wait for what they are at. Twice does no harm."""
         with self._lock:
             self._closed = True
-        self._end()
+        _end(self._work, self._threads)
+        self._finalizer.detach()
 
 
-def _run(work: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+def _start(threads: list[threading.Thread], started: queue.SimpleQueue[BaseException | None]) -> None:
+    error: BaseException | None = None
+    try:
+        for thread in threads:
+            thread.start()
+    except BaseException as caught:
+        error = caught
+    started.put(error)
+
+
+def _run(work: queue.SimpleQueue[Callable[[], object] | None]) -> None:
     while (call := work.get()) is not None:
         try:
             call()
@@ -91,7 +106,7 @@ def _run(work: queue.SimpleQueue[Callable[[], None] | None]) -> None:
         del call  # or what it refers to would live until the next one
 
 
-def _end(work: queue.SimpleQueue[Callable[[], None] | None], threads: list[threading.Thread]) -> None:
+def _end(work: queue.SimpleQueue[Callable[[], object] | None], threads: list[threading.Thread]) -> None:
     with contextlib.suppress(queue.Empty):
         while True:
             work.get_nowait()

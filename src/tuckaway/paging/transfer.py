@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from functools import partial
 from typing import Any
 
@@ -52,7 +53,7 @@ class Transfer:
         self._stream: Any = torch.Stream(device=device) if self.on_device else None
         self._bounces: Bounces | None = None
         self._each = 1
-        self._fills: set[Fill] = set()
+        self._fills: weakref.WeakSet[Fill] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._closed = False
 
@@ -63,18 +64,26 @@ class Transfer:
         before: Fill | None = slot.fill
         if before is not None:
             before.cancel()
-        if before is None or before.done():
-            source = self.homes.in_memory(unit)
+            if before.done():
+                before = None
+        source = self.homes.in_memory(unit)
+        if source is not None and before is None:
+            slot.fill = None
+            self._copy(source, slot)
+            return
+        store = self.homes.store
+        assert store is not None
+        fill = slot.fill = Fill(store.submit, before)
+        try:
+            self._fills.add(fill)
             if source is not None:
-                slot.fill = None
-                self._copy(source, slot)
-                return
-            before = None
-        slot.fill = fill = Fill()
-        self._fills.add(fill)
-        begin = partial(self._begin, unit, slot, fill)
-        # a fill that nobody wants any more ends before the next one into the same slot begins
-        begin() if before is None else before.when_done(begin)
+                fill.begin([partial(self._copy, source, slot)])
+            else:
+                self._read(store, unit, slot, fill)
+        except Exception as error:
+            fill.fail(
+                error
+            )  # told to who waits; an interrupt is this thread's, and nobody waits for the page
 
     def wait(self, slot: Slot) -> None:
         """Wait until the slot is filled: the thread for the disk, the current stream for the copy."""
@@ -93,27 +102,8 @@ class Transfer:
                 event = slot.used[stream.stream_id] = torch.Event(self.device)
             event.record(stream)
 
-    def _begin(self, unit: PageUnit, slot: Slot, fill: Fill) -> None:
-        """Start what fills the slot; in the thread that asked for it, or in the one that ended the fill before."""
-        try:
-            source = self.homes.in_memory(unit)
-            if fill.cancelled or source is not None:
-                self._end(fill, slot, source)
-            else:
-                self._read(unit, slot, fill)
-        except Exception as error:
-            self._fills.discard(fill)
-            fill.fail(error)
-        except BaseException:
-            # an interrupt is this thread's, and not for whoever waits for the page later; kept in the fill, its
-            # traceback would keep the frames of the whole forward, and the model in them
-            self._fills.discard(fill)
-            fill.fail(PagingError("bringing the page in was interrupted"))
-            raise
-
-    def _read(self, unit: PageUnit, slot: Slot, fill: Fill) -> None:
-        store, kept, number = self.homes.store, self.homes.kept(unit), self.homes.number(unit)
-        assert store is not None
+    def _read(self, store: Store, unit: PageUnit, slot: Slot, fill: Fill) -> None:
+        kept, number = self.homes.kept(unit), self.homes.number(unit)
         store.reader.refresh()
         count, around = len(store.reader.cells(number)), store.reader.goes_around(number)
         if kept is not None or not self.on_device:
@@ -123,15 +113,7 @@ class Transfer:
             bounces, each = self._bouncing(store)
             runs = [Run(bounces, min(each, count - first)) for first in range(0, count, each)]
             piece = partial(self._bounce_cell, store, number, slot, fill, around, runs, each)
-        last = partial(self._filled, unit, slot, kept)
-        fill.when_done(partial(self._fills.discard, fill))
-        fill.expect(count)
-        if not count:
-            fill.end(last)
-        try:
-            store.threads().submit(*(partial(fill.piece, partial(piece, n), last) for n in range(count)))
-        except RuntimeError as error:  # the threads were ended meanwhile
-            fill.fail(error)
+        fill.begin((partial(piece, cell) for cell in range(count)), partial(self._filled, unit, slot, kept))
 
     def _read_cell(
         self, store: Store, number: int, into: torch.Tensor, fill: Fill, around: bool, cell: int
@@ -181,10 +163,6 @@ class Transfer:
                 slot.ready = self._stream.record_event()
         else:
             slot.buffer[:0].zero_()  # an in-place change that autograd sees
-
-    def _end(self, fill: Fill, slot: Slot, source: torch.Tensor | None) -> None:
-        self._fills.discard(fill)
-        fill.end(None if source is None else partial(self._copy, source, slot))
 
     def _copy(self, source: torch.Tensor, slot: Slot) -> None:
         target = slot.buffer[: source.numel()]
