@@ -54,6 +54,7 @@ def pages_of(model: Any) -> Paging:
 
 @pytest.fixture(autouse=True)
 def autograd() -> Iterator[None]:
+    gc.collect()  # models of earlier tests, with their files and threads
     yield
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
