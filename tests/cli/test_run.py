@@ -20,6 +20,7 @@ from rich.console import Console
 import tuckaway
 from command import invoke
 from tuckaway.cli.answer import Sampling, encode
+from tuckaway.cli.kept_cache import KeptCache
 from tuckaway.cli.model import build, load, quantization_config, tokenizer_of
 from tuckaway.cli.run import Conversation, chat
 from tuckaway.cli.show import Screen
@@ -71,6 +72,33 @@ def test_what_was_said_is_asked_again(fresh: tuple[Conversation, io.StringIO]) -
     whole = encode(talk.tokenizer, talk.messages[:3])
     assert talk.answers[1].prompt_tokens == whole.shape[-1] > talk.answers[0].prompt_tokens
     assert talk.answers[0].text in out.getvalue()
+
+
+def test_a_turn_computes_only_what_is_new(fresh: tuple[Conversation, io.StringIO]) -> None:
+    """The tokens are those that come without a cache, turn by turn."""
+    talk, _ = fresh
+    turns = ["one", "two", "three", "four"]
+    for text in turns:
+        talk.ask(text)
+    kept = list(talk.answers)
+    # the tiny model says what its own text is not cut into again, now and then: then all is computed anew
+    assert sum(answer.kept_tokens > 0 for answer in kept) >= 1
+    assert all(answer.kept_tokens < answer.prompt_tokens for answer in kept)
+    talk.forget()
+    talk.answers.clear()
+    for text in turns:
+        talk.cache = KeptCache()
+        talk.ask(text)
+    assert [answer.kept_tokens for answer in talk.answers] == [0] * 4
+    assert [answer.text for answer in talk.answers] == [answer.text for answer in kept]
+    assert [answer.tokens for answer in talk.answers] == [answer.tokens for answer in kept]
+
+
+def test_another_beginning_computes_all(fresh: tuple[Conversation, io.StringIO]) -> None:
+    talk, _ = fresh
+    talk.ask("one")
+    talk.messages[0] = {"role": "user", "content": "other"}
+    assert talk.ask("two").kept_tokens == 0
 
 
 def test_new_forgets_all_but_the_system(fresh: tuple[Conversation, io.StringIO]) -> None:

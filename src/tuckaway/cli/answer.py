@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tuckaway.cli.kept_cache import KeptCache
+
 if TYPE_CHECKING:
     from tuckaway.cli.show import Screen
 
@@ -60,6 +62,7 @@ class Answer:
         tokens_per_second: of the tokens after the second, which a first call's preparations do not slow; ``None`` if
             there are fewer than three.
         stopped: whether Ctrl-C ended it.
+        kept_tokens: tokens of the prompt that were computed in an earlier turn, and not again.
     """
 
     text: str
@@ -68,6 +71,7 @@ class Answer:
     first_seconds: float | None
     tokens_per_second: float | None
     stopped: bool = False
+    kept_tokens: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Return it as a mapping that JSON can hold."""
@@ -157,6 +161,7 @@ def answer(
     messages: Sequence[Message],
     limit: int,
     sampling: Sampling | None = None,
+    cache: KeptCache | None = None,
 ) -> Answer:
     """Show what a model says next, token by token.
 
@@ -167,21 +172,26 @@ def answer(
         messages: the conversation so far.
         limit: tokens at most; an end-of-sequence token or Ctrl-C ends the answer earlier.
         sampling: how tokens are chosen; ``None``: the likeliest.
+        cache: of the conversation, used and brought up to date; ``None``: all of it is computed.
     """
     executing = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     tokens = encode(tokenizer, messages).to(executing or "cpu")
-    shown, watch = _Shown(screen, tokenizer), Watch()
+    shown, watch, cache = _Shown(screen, tokenizer), Watch(), cache or KeptCache()
+    kept, spared = cache.take(tokens)
     begin = time.perf_counter()
     with watch.interruptible():
-        model.generate(
+        output = model.generate(
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=limit,
             pad_token_id=tokenizer.eos_token_id,
             streamer=shown,
             stopping_criteria=[watch],
+            return_dict_in_generate=True,
+            **kept,
             **(sampling or Sampling()).arguments(),
         )
+    cache.keep(output)
     screen.line()
     times = watch.times
     return Answer(
@@ -191,4 +201,5 @@ def answer(
         first_seconds=times[0] - begin if times else None,
         tokens_per_second=(len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else None,
         stopped=watch.stop,
+        kept_tokens=spared,
     )

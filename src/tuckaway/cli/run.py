@@ -12,6 +12,7 @@ import typer
 
 import tuckaway
 from tuckaway.cli.answer import Answer, Message, Sampling, answer
+from tuckaway.cli.kept_cache import KeptCache
 from tuckaway.cli.memory import peak_device_bytes, peak_process_bytes
 from tuckaway.cli.model import Built, Loaded, build, load, quantization_config, tokenizer_of
 from tuckaway.cli.options import (
@@ -111,18 +112,22 @@ class Conversation:
     system: str | None = None
     messages: list[Message] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
+    cache: KeptCache = field(default_factory=KeptCache)
 
     def __post_init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
         """Begin anew."""
+        self.cache = KeptCache()
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def ask(self, prompt: str) -> Answer:
         """Show the answer to a prompt, and keep both."""
         self.messages.append({"role": "user", "content": prompt})
-        given = answer(self.screen, self.network, self.tokenizer, self.messages, self.limit, self.sampling)
+        given = answer(
+            self.screen, self.network, self.tokenizer, self.messages, self.limit, self.sampling, self.cache
+        )
         self.messages.append({"role": "assistant", "content": given.text})
         self.answers.append(given)
         return given
