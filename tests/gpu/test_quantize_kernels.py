@@ -124,6 +124,35 @@ def test_nested_equals_the_reference_and_is_the_same_every_time(n: int) -> None:
     assert digest(OPS.dequantize_nested(*first)) == digest(dequantize_nested(*(t.cpu() for t in first)))
 
 
+def test_nested_scales_wait_for_the_weights_in_front_of_them() -> None:
+    """Launches that begin early read nothing too early: weight after weight, nothing waited for, eager and captured."""
+    weights = [torch.randn(1024, 4096) * 10.0**i for i in range(-4, 4)]
+    expected = [quantize_nested(quantize_4bit(w, "nf4", 64)[1]) for w in weights]
+    given = [w.to(gpu()) for w in weights]
+    rooms = [tuple(torch.empty_like(part, device=gpu()) for part in parts) for parts in expected]
+
+    def quantize_all() -> None:
+        for w, room in zip(given, rooms, strict=True):
+            OPS.quantize_nested_out(OPS.quantize_4bit(w, "nf4", 64)[1], *room)
+
+    def check() -> None:
+        for room, parts in zip(rooms, expected, strict=True):
+            assert [digest(part.cpu()) for part in room] == [digest(part) for part in parts]
+            for part in room:
+                part.fill_(77)
+
+    for _ in range(3):
+        quantize_all()
+        check()
+    if torch.cuda.is_available():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            quantize_all()
+        for _ in range(3):
+            graph.replay()
+            check()
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     "shape", [(1,), (3, 7), (2, 3, 513), (65, 8192), (3, 20_001), (100_000, 5), (4, 16_384)]
