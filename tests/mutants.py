@@ -35,7 +35,9 @@ TESTS = {  # the fewest tests that say most of a module
     f"{CHECKPOINT}/seal.py": ["tests/checkpoint/test_seal.py", "tests/checkpoint/test_entry.py"],
 }
 LIMIT = 30.0  # seconds after which a mutant counts as killed: five times what the slowest tests take
-SLOW = "twenty_thousand or any_file or mutations_of or killed_holder or nothing_is_mapped or every_truncation"
+SLOW = (
+    "the_time_to_read or any_file or mutations_of or killed_holder or nothing_is_mapped or every_truncation"
+)
 MESSAGES = {"_bad", "_truncated", "_disagree"}  # make errors, as classes with a name in capitals do
 WORDING = {"__all__", "what", "hint", "more", "where", "listing"}  # names of parts of messages
 COMPARED = {

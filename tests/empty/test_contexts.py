@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn, overrides
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tuckaway.empty import init_empty_weights, init_on_device, meta_buffers, rebuild_buffers
@@ -327,6 +328,13 @@ def test_modes_that_an_interrupt_left_behind_are_taken_away():
         inner = overrides._get_current_function_mode_stack()[-1]
         overrides._push_mode(inner)
     assert not overrides._get_current_function_mode_stack()
+    assert not nn.Linear(300, 300).weight.is_meta
+
+
+def test_a_mode_of_operations_that_an_interrupt_left_behind_is_taken_away():
+    with init_empty_weights():
+        torch._C._push_on_torch_dispatch_stack(_get_current_dispatch_mode_stack()[-1])
+    assert not _get_current_dispatch_mode_stack()
     assert not nn.Linear(300, 300).weight.is_meta
 
 

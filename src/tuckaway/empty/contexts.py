@@ -165,7 +165,7 @@ def _building(device: torch.device, include_buffers: bool) -> Iterator[None]:
     finally:
         _restore_function_modes(functions)
         while operations in _get_current_dispatch_mode_stack():
-            _pop_torch_dispatch_stack()
+            _pop_torch_dispatch_stack(None)
         _thread.deferral = None
         _thread.settings = []
         remember(deferral.records())
