@@ -20,7 +20,11 @@ from transformers.quantizers.base import HfQuantizer
 from tuckaway.checkpoint import read_header
 from tuckaway.config import QuantizationConfig
 from tuckaway.errors import PlanError
-from tuckaway.integrations.transformers.config import METHOD, TuckawayConfig
+from tuckaway.integrations.transformers.config import (
+    METHOD,
+    BitsAndBytesOrTuckawayConfig,
+    TuckawayConfig,
+)
 from tuckaway.integrations.transformers.tensors import flat_state_dict
 from tuckaway.paging import materialize
 from tuckaway.plan import choose_specs
@@ -33,6 +37,7 @@ def register() -> None:
     """Enter the config and the quantizer in transformers' tables; once or often."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = TuckawayConfig
     AUTO_QUANTIZER_MAPPING[METHOD] = TuckawayQuantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING["bitsandbytes_4bit"] = BitsAndBytesOrTuckawayConfig
 
 
 class TuckawayQuantizer(HfQuantizer):
