@@ -282,6 +282,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scratch", type=Path, default=Path("/dev/shm"))
     parser.add_argument("--repeats", type=int, default=7)
+    every = sorted({1, len(os.sched_getaffinity(0))})
+    parser.add_argument("--cores", type=int, nargs="*", default=every, help=f"how many ({every})")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--only", nargs="*", metavar="CASE")
     parser.add_argument("--zlib", action="store_true", help="as where no faster library is installed")
@@ -298,9 +300,9 @@ def main() -> None:
             if options.only and name not in options.only:
                 continue
             entry: dict[str, Any] = {"bytes": nbytes}
-            for count in sorted({1, len(os.sched_getaffinity(0))}):
+            for count in options.cores:
                 with cores(count):
-                    entry[f"{count} cores"] = found = compare(case, options.repeats)
+                    entry[f"{count} core{'s' * (count > 1)}"] = found = compare(case, options.repeats)
                 print(f"{name}, {count} cores: {found}", flush=True)
             results["loads"][name] = entry
             path = save("checksums_zlib" if options.zlib else "checksums", results, options.out)
