@@ -26,9 +26,9 @@ from tuckaway.paging.state import Paging, paging_of
 MAPS = {"cpu": {"": "cpu"}, "disk": {"": "cpu", "blocks": "disk"}}
 
 
-def every(seen: int) -> int:
-    """A step that leaves some 40 moments by default; no multiple of what recurs in every block."""
-    return count(max(seen // 40, 1) | 1, 1)
+def every(seen: int, light: int = 40, heavy: int | None = None) -> int:
+    """A step that leaves some ``light`` moments by default; odd, as what recurs in every block is mostly even."""
+    return max(seen // count(light, heavy or seen), 1) | 1
 
 
 def descriptors() -> int:
@@ -78,6 +78,8 @@ def paged(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[
         paging.close()
 
 
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
 @torch.no_grad()
 def test_a_forward(paged: Callable[[], Any]) -> None:
     expected, model = make(blocks=3)(tokens()), paged()
@@ -99,12 +101,14 @@ def test_a_forward(paged: Callable[[], Any]) -> None:
     assert tried > 30
 
 
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
 @torch.no_grad()
 def test_a_first_forward(paged: Callable[[], Any]) -> None:
     """Slots are allocated, threads are started."""
     expected = make(blocks=3)(tokens())
     model = paged()
-    step = every(moments_of(lambda: model(tokens())))
+    step = every(moments_of(lambda: model(tokens())), 40, 150)
     pages_of(model).close()
     number = 0
     while True:
@@ -122,6 +126,7 @@ def test_a_first_forward(paged: Callable[[], Any]) -> None:
     assert number > 30
 
 
+@pytest.mark.heavy
 def test_a_forward_whose_weights_are_copied_for_autograd(paged: Callable[[], Any]) -> None:
     model = paged()
     paging = pages_of(model)
@@ -138,12 +143,14 @@ def test_a_forward_whose_weights_are_copied_for_autograd(paged: Callable[[], Any
         assert len(paging.pager.slots.all) <= max(len(slots), 2), moment.where
 
 
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
 @torch.no_grad()
 def test_bringing_back_after_an_interrupted_forward(paged: Callable[[], Any]) -> None:
     """Without another forward in between."""
     expected = make(blocks=3)(tokens())
     model = paged()
-    number, step = 0, every(moments_of(lambda: model(tokens()))) * count(3, 7)
+    number, step = 0, every(moments_of(lambda: model(tokens())), 13, 150)
     while True:
         model = paged()
         moment = next(interrupted_at(lambda m=model: m(tokens()), first=number), None)  # type: ignore[misc]
@@ -154,6 +161,8 @@ def test_bringing_back_after_an_interrupted_forward(paged: Callable[[], Any]) ->
         assert_ordinary(model, expected, moment.where)
 
 
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
 @torch.no_grad()
 def test_bringing_back(paged: Callable[[], Any]) -> None:
     """Interrupted, it leaves a model that computes the same, and can be brought back still."""
@@ -161,7 +170,7 @@ def test_bringing_back(paged: Callable[[], Any]) -> None:
     fds = descriptors()
     model = paged()
     model(tokens())
-    step = every(moments_of(lambda: materialize(model)))
+    step = every(moments_of(lambda: materialize(model)), 13, 120)
     number = 0
     while True:
         model = paged()
