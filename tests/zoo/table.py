@@ -33,6 +33,12 @@ vectors and small tables weigh more than in real ones.
 
 What is quantized is given by the class of the module that holds it, in brackets the dimensions of a weight that is no
 matrix. `model.quantization_report` says the same of your own model, parameter by parameter.
+
+`torch.compile` gives the same results for every model of transformers here that compiles with plain weights, and
+`torch.export` (`strict=False`, without a KV cache) for every one that exports with plain weights: not Encodec, LED,
+Longformer, Qwen2VL and Vilt, which choose what they compute by a tensor's values, nor Nystromformer, PaliGemma and
+SwitchTransformers. The program can be saved with `torch.export.save` and loaded by a process that imports tuckaway. A
+paged model compiles with a break of the graph at every page, and cannot be exported before `tuckaway.materialize`.
 """
 
 
