@@ -60,7 +60,7 @@ class Moments:
             gc.enable()
 
     def _call(self, frame: FrameType, event: str, arg: object) -> Any:
-        if not frame.f_code.co_filename.startswith(self.folders):
+        if not frame.f_code.co_filename.startswith(self.folders) or _in_finalizer(frame):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         code = frame.f_code.co_code
@@ -86,6 +86,15 @@ class Moments:
                 f"{code.co_filename}:{frame.f_lineno} in {code.co_qualname}, instruction {frame.f_lasti}"
             )
             raise KeyboardInterrupt(self.where)
+
+
+def _in_finalizer(frame: FrameType | None) -> bool:
+    """Whether an error raised here would be printed and dropped: Python tells nobody of one in ``__del__``."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def interrupted_at(
