@@ -51,9 +51,7 @@ def test_every_kill_is_followed_by_the_undisturbed_result(tmp_path):
             found = hit(span, source, target, SHARD)
             assert found.status == -signal.SIGKILL
             inside += found.inside
-            span *= (
-                1.05 if found.inside else 0.7
-            )  # nine in ten inside, however busy the machine came to be or was
+            span *= 1.05 if found.inside else 0.7  # nine in ten inside, on a busy machine too
             assert not target.exists() or contents(target) == expected
             done = tuckaway.quantize_checkpoint(source, target, "nf4", max_shard_size=SHARD)
             resumed += 0 < done.kept_shards < len(done.files)
