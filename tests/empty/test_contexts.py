@@ -128,12 +128,12 @@ def test_hand_written_parameters(make, width):
 
 
 def test_huge_parameters_take_no_memory_and_no_time():
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with init_empty_weights():
         layers = nn.Sequential(*[nn.Linear(10_000, 10_000) for _ in range(100)])
         single = nn.Linear(200_000, 200_000)  # 160 GB in one piece
         written = nn.Parameter(torch.randn(100_000, 100_000) * 0.02)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
     assert devices(layers) == devices(single) == {"meta"}
     assert written.is_meta
@@ -148,10 +148,10 @@ def test_transformers_llama_of_a_hundred_billion():
         vocab_size=128256,
         max_position_embeddings=131072,
     )
-    start = time.monotonic()
+    start = time.process_time()
     with init_empty_weights():
         model = LlamaForCausalLM(config)
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
     assert sum(p.numel() for p in model.parameters()) > 100e9
     assert devices(model) == {"meta"}
     config.num_hidden_layers, config.vocab_size, config.intermediate_size = 0, 8, 8
