@@ -758,3 +758,25 @@ def test_execution_device_must_exist(folder: Path) -> None:
 
 def test_net_has_what_the_tests_are_about() -> None:
     assert {type(m).__name__ for m in Net().modules()} >= {"Embedding", "Linear", "LayerNorm", "Layer"}
+
+
+class _InterruptedWithoutGradients(nn.Linear):
+    """Interrupted in the middle of its load, where gradients are off, as inside the lines of ``torch.no_grad``."""
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.zeros(1)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        torch.set_grad_enabled(False)
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_leaves_gradients_as_they_were(tmp_path):
+    model = _InterruptedWithoutGradients(64, 64)
+    tuckaway.save_model(model, tmp_path)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            tuckaway.load_and_quantize_model(model, "nf4", tmp_path)
+        assert torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)

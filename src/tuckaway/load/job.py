@@ -146,6 +146,8 @@ def run(
     message = None
     try:
         with ExitStack() as undo:
+            # an interrupt inside torch.no_grad's own lines would leave the caller's thread without gradients
+            undo.callback(torch.set_grad_enabled, torch.is_grad_enabled())
             homes = None
             if plan.pages:
                 homes = PageHomes.create(
