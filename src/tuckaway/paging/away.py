@@ -30,7 +30,8 @@ _ABOUT = frozenset((
     "__get__", "__set__", "__delete__", "__hash__", "__repr__", "__format__", "__len__", "size", "dim",
     "ndimension", "numel", "nelement", "stride", "element_size", "get_device", "storage_offset",
     "untyped_storage", "data_ptr", "detach", "alias", "requires_grad_", "register_hook",
-    "register_post_accumulate_grad_hook", "share_memory_", "has_names", "_is_view", "backward"
+    "register_post_accumulate_grad_hook", "share_memory_", "has_names", "_is_view", "backward",
+    "__dir__"
 ))  # fmt: skip
 """Calls that ask a tensor about itself and need none of its values."""
 
