@@ -14,7 +14,7 @@ from heavy import count
 from kills import victims
 from loading import net
 
-NUMBER = count(8, 60)
+NUMBER = count(4, 30)  # samples beside the sweep of test_every_interrupt.py: half a second each
 CLEAN, DIRTY = 40, 41
 
 SETUP = """
