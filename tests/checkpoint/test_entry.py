@@ -9,6 +9,7 @@ import torch
 
 from tuckaway.checkpoint.entry import (
     FileIdentity,
+    JoinedEntry,
     ResidentEntry,
     StridedEntry,
     TensorEntry,
@@ -77,6 +78,19 @@ def test_only_what_was_planned_with_a_place_is_sealed():
         seal(b"{}", [])
     with pytest.raises(ValueError, match="without a checksum"):
         sealed_index(b"{}")
+
+
+def test_any_range_of_a_joined_tensor_is_made_of_its_runs(tmp_path):
+    parts = [TensorEntry(name, torch.uint8, (9,), tmp_path / name, 0, 9) for name in "ab"]
+    runs = ((parts[0], 6, 3), (parts[1], 0, 4), (parts[0], 0, 6), (parts[1], 4, 5))
+    joined = JoinedEntry("joined", torch.uint8, (18,), tmp_path / "a", 0, 18, runs=runs)
+    elements = [(part.name, first + at) for part, first, count in runs for at in range(count)]
+    for start in range(18):
+        for count in range(18 - start + 1):
+            found = list(joined.overlapping(start, count))
+            made = [(part.name, first + at) for part, first, length in found for at in range(length)]
+            assert made == elements[start : start + count]
+            assert all(length > 0 for _, _, length in found)
 
 
 def test_entries_are_equal_wherever_their_files_came_from(tmp_path):
