@@ -91,6 +91,7 @@ def test_any_range_of_a_joined_tensor_is_made_of_its_runs(tmp_path):
             made = [(part.name, first + at) for part, first, length in found for at in range(length)]
             assert made == elements[start : start + count]
             assert all(length > 0 for _, _, length in found)
+    assert [(part.name, *rest) for part, *rest in joined.overlapping(12, 99)] == [("a", 5, 1), ("b", 4, 5)]
 
 
 def test_entries_are_equal_wherever_their_files_came_from(tmp_path):
