@@ -170,7 +170,7 @@ def test_bringing_back(paged: Callable[[], Any]) -> None:
     fds = descriptors()
     model = paged()
     model(tokens())
-    step = every(moments_of(lambda: materialize(model)), 13, 120)
+    step = every(moments_of(lambda: materialize(model)), 13, 40)
     number = 0
     while True:
         model = paged()
