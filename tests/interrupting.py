@@ -114,6 +114,18 @@ def interrupted_at(
         yield moment
 
 
+def interrupted_anew(
+    make: Callable[[], Any], work: Callable[[Any], object], step: int
+) -> Iterator[tuple[Any, Moments]]:
+    """Interrupt the work on a thing made anew for each moment, every ``step``-th; yield the thing and the moment."""
+    for number in itertools.count(0, step):
+        made = make()
+        moment = next(interrupted_at(lambda thing=made: work(thing), first=number), None)  # type: ignore[misc]
+        if moment is None:
+            return
+        yield made, moment
+
+
 def wait_until(holds: Callable[[], bool]) -> None:
     """Wait for other threads, as long as it takes: a test that waits forever ends by its timeout."""
     while not holds():

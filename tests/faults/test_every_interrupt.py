@@ -18,7 +18,7 @@ import torch
 
 import paging_models
 from heavy import count
-from interrupting import Moments, interrupted_at, wait_until
+from interrupting import Moments, interrupted_anew, interrupted_at, wait_until
 from paging_models import make, page, tokens
 from tuckaway import materialize
 from tuckaway.paging.state import Paging, paging_of
@@ -110,20 +110,16 @@ def test_a_first_forward(paged: Callable[[], Any]) -> None:
     model = paged()
     step = every(moments_of(lambda: model(tokens())), 40, 150)
     pages_of(model).close()
-    number = 0
-    while True:
-        model = paged()
-        moment = next(interrupted_at(lambda m=model: m(tokens()), first=number), None)  # type: ignore[misc]
-        if moment is None:
-            break
-        number += step
+    tried = 0
+    for model, moment in interrupted_anew(paged, lambda model: model(tokens()), step):
+        tried += 1
         assert torch.equal(model(tokens()), expected), moment.where
         paging = pages_of(model)
         assert len(paging.pager.slots.all) <= paging.pager.slots.count, moment.where
         assert not any(one.turns or one.users for one in paging.pages), moment.where
         paging.close()
         wait_until(lambda: not reading_threads())
-    assert number > 30
+    assert tried * step > 30
 
 
 @pytest.mark.heavy
@@ -150,13 +146,8 @@ def test_bringing_back_after_an_interrupted_forward(paged: Callable[[], Any]) ->
     """Without another forward in between."""
     expected = make(blocks=3)(tokens())
     model = paged()
-    number, step = 0, every(moments_of(lambda: model(tokens())), 13, 150)
-    while True:
-        model = paged()
-        moment = next(interrupted_at(lambda m=model: m(tokens()), first=number), None)  # type: ignore[misc]
-        if moment is None:
-            break
-        number += step
+    step = every(moments_of(lambda: model(tokens())), 13, 150)
+    for model, moment in interrupted_anew(paged, lambda model: model(tokens()), step):
         materialize(model)
         assert_ordinary(model, expected, moment.where)
 
@@ -168,20 +159,17 @@ def test_bringing_back(paged: Callable[[], Any]) -> None:
     """Interrupted, it leaves a model that computes the same, and can be brought back still."""
     expected = make(blocks=3)(tokens())
     fds = descriptors()
-    model = paged()
-    model(tokens())
-    step = every(moments_of(lambda: materialize(model)), 13, 40)
-    number = 0
-    while True:
+
+    def used() -> Any:
         model = paged()
         model(tokens())
-        moment = next(interrupted_at(lambda m=model: materialize(m), first=number), None)  # type: ignore[misc]
-        if moment is None:
-            break
-        if number // step % 2 and model.blocks[0].up.weight.device.type != "meta":
-            with torch.no_grad():
-                assert torch.equal(model(tokens()), expected), moment.where
-        number += step
+        return model
+
+    model = used()
+    step = every(moments_of(lambda: materialize(model)), 13, 40)
+    for tried, (model, moment) in enumerate(interrupted_anew(used, materialize, step)):
+        if tried % 2 and model.blocks[0].up.weight.device.type != "meta":
+            assert torch.equal(model(tokens()), expected), moment.where
         materialize(model)
         assert_ordinary(model, expected, moment.where)
         gc.collect()
