@@ -47,6 +47,16 @@ def flush(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x.abs() < SMALLEST_NORMAL, x * 0.0, x)
 
 
+def multiply(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return ``mul.rn.ftz.f32(x, y)``: subnormal operands and products are zeros of their sign.
+
+    A product counts as subnormal by its exact value: just below 2**-126 it is zero on a GPU, though it would be rounded
+    to 2**-126 (found on an H100, in one of 2**20 fp4 weights that spread over all exponents).
+    """
+    product = flush(x) * flush(y)
+    return torch.where((x.double() * y.double()).abs() < SMALLEST_NORMAL, product * 0.0, product)
+
+
 def reciprocal(x: torch.Tensor) -> torch.Tensor:
     """Return ``rcp.approx.ftz.f32(x)`` for every element.
 

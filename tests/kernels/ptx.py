@@ -29,6 +29,12 @@ def _flush(a: Array) -> Array:
     return np.where(a & np.uint32(0x7F800000), a, a & np.uint32(0x80000000))
 
 
+def _multiply_flushed(a: Array, b: Array) -> Array:
+    """Their product; zero of its sign if it is below 2**-126 before it is rounded."""
+    tiny = np.abs(_f32(a).astype(np.float64) * _f32(b)) < 2.0**-126
+    return np.where(tiny, (a ^ b) & np.uint32(0x80000000), _bits(_f32(a) * _f32(b)))
+
+
 def _halves(a: Array) -> tuple[Array, Array]:
     return (a & 0xFFFF).astype(np.uint16), (a >> 16).astype(np.uint16)
 
@@ -137,7 +143,7 @@ _INSTRUCTIONS: dict[str, Callable[..., Array]] = {
     "add.f32": lambda a, b: _bits(_f32(a) + _f32(b)),
     "sub.f32": lambda a, b: _bits(_f32(a) - _f32(b)),
     "mul.f32": lambda a, b: _bits(_f32(a) * _f32(b)),
-    "mul.rn.ftz.f32": lambda a, b: _flush(_bits(_f32(_flush(a)) * _f32(_flush(b)))),
+    "mul.rn.ftz.f32": lambda a, b: _multiply_flushed(_flush(a), _flush(b)),
 }
 _NAMES = {"tuckaway_table", "tuckaway_pairs"}
 _SPECIAL = {"%lanemask_eq": 8, "%lanemask_lt": 7}

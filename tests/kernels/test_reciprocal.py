@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from tuckaway_kernels.reciprocal import flush, reciprocal, reciprocal_table
+from tuckaway_kernels.reciprocal import flush, multiply, reciprocal, reciprocal_table
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -38,3 +38,12 @@ def test_flush_keeps_the_sign_of_what_it_makes_zero() -> None:
     assert flush(x).tolist() == [0.0, 0.0, TINY, -TINY, torch.inf]
     assert torch.signbit(flush(x)).tolist() == [False, True, False, True, False]
     assert flush(torch.tensor([torch.nan])).isnan().all()
+
+
+def test_a_product_is_flushed_by_its_exact_value() -> None:
+    x = torch.tensor([-1.367880031466484e-09, 2.0**-62, -1.5, TINY / 2, 0.0, torch.inf])
+    y = torch.tensor([8.59354831242084e-30, 2.0**-64, 2.0**-126, 4.0, -1.0, -1.0])
+    product = multiply(x, y)
+    assert (x * y)[0] == -TINY
+    assert product.tolist() == [0.0, TINY, -1.5 * TINY, 0.0, 0.0, -torch.inf]
+    assert torch.signbit(product).tolist() == [True, False, True, False, True, True]

@@ -16,7 +16,7 @@ from functools import cache
 import torch
 
 from tuckaway_kernels.codebooks import check_4bit, codebook
-from tuckaway_kernels.reciprocal import SMALLEST_NORMAL, flush
+from tuckaway_kernels.reciprocal import SMALLEST_NORMAL, multiply
 
 PIECE = 1 << 18
 """Weights decoded at once."""
@@ -85,7 +85,7 @@ def dequantize_4bit_out(
         torch.index_select(table, 0, index[: used // 2], out=pairs[: used // 2])
         values = pairs[: used // 2].view(torch.float32).view(-1, blocksize)
         if bool(((scales.abs() < SMALLEST_NORMAL / _SMALLEST_CODE) & (scales != 0)).any()):
-            values.copy_(flush(values * flush(scales).unsqueeze(1)))
+            values.copy_(multiply(values, scales.unsqueeze(1)))
         elif piece.dtype == torch.float32 and used == piece.numel():
             torch.mul(values, scales.unsqueeze(1), out=piece.view(-1, blocksize))
             continue

@@ -23,7 +23,7 @@ from functools import cache
 import torch
 
 from tuckaway_kernels.codebooks import FP4_ORDER, FP4_THRESHOLDS, NF4_THRESHOLDS, check_4bit
-from tuckaway_kernels.reciprocal import SMALLEST_NORMAL, reciprocal
+from tuckaway_kernels.reciprocal import SMALLEST_NORMAL, multiply, reciprocal
 
 PIECE = 1 << 18
 """Weights quantized at once: the ladder takes 1.77 ns a weight in pieces of 2**17, 1.52 in these, 1.50 in 2**19."""
@@ -124,12 +124,23 @@ def _quantize_piece(
         unusual = True
     else:
         unusual = bool(((absmax == 0) | absmax.isinf()).any())
-    values.mul_(reciprocal(absmax).unsqueeze(1))
+    scale = reciprocal(absmax)
+    values.mul_(scale.unsqueeze(1))
+    if format == "fp4" and float(absmax.max()) > 1.0:  # else no product of normal numbers comes near 2**-126
+        _flush_exactly(piece, values, scale)
     if unusual:  # NaN takes code 0: nf4's lowest value, fp4's zero
         values.nan_to_num_(nan=-2.0 if format == "nf4" else 0.0)
     for limit, code in ladder(format):
         torch.threshold_(values, limit, _MARK + code)
     _pack(values, scratch, codes)
+
+
+def _flush_exactly(piece: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> None:
+    """Make zero what became -2**-126 in ``values`` by rounding: fp4 knows a sign, but a zero has none."""
+    near = (values.view(-1)[: piece.numel()] == -SMALLEST_NORMAL).nonzero().view(-1)
+    if near.numel():
+        weights, scales = piece[near].float(), scale[near // values.shape[1]]
+        values.view(-1)[near] = multiply(weights, scales)
 
 
 def _pack(marked: torch.Tensor, scratch: torch.Tensor, codes: torch.Tensor) -> None:

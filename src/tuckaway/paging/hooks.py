@@ -143,7 +143,9 @@ class PageHook(AlignDevicesHook):  # type: ignore[misc]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
-            if self.pages and torch.compiler.is_exporting():
+            # before torch 2.12 a compiler takes is_exporting() for true whenever it traces
+            exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+            if self.pages and exporting:
                 raise PagingError(
                     "a paged model cannot be exported",
                     hint="bring it back first: tuckaway.materialize(model)",

@@ -8,6 +8,7 @@ first page of the next replay included. Either way Python is out of the way: one
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,12 @@ class _Piece:
         self.slot = slot
         self.until = 0
         self.ends: list[tuple[Slot, int]] = []
+
+    def end(self) -> None:
+        """End its capture. Before a first block on disk nothing may have been launched: torch warns of that."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+            self.graph.capture_end()
 
 
 class CapturedStep:
@@ -102,7 +109,7 @@ class CapturedStep:
             except BaseException:
                 self._abandon()
                 raise
-            self._pieces[-1].graph.capture_end()
+            self._pieces[-1].end()
         current.wait_stream(self._stream)
         self._link()
         return output
@@ -146,7 +153,7 @@ class CapturedStep:
 
     def _abandon(self) -> None:
         try:
-            self._pieces[-1].graph.capture_end()
+            self._pieces[-1].end()
         except RuntimeError:
             torch.cuda.synchronize()  # the step's own error says more than that its capture is invalid
         self._pieces.clear()
@@ -160,7 +167,7 @@ class CapturedStep:
 
     def cut(self, page: Page) -> Slot:
         """End the piece that is being captured and begin the one that ``page`` is in its slot for."""
-        self._pieces[-1].graph.capture_end()
+        self._pieces[-1].end()
         slot = next((s for s in self._slots if s.page is page), None)
         if slot is None or self._turning[slot.index] == 0:
             slot = self._claim(page)

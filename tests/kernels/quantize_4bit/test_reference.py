@@ -92,6 +92,17 @@ def test_subnormal_weights_count_as_zero(format: str) -> None:
     assert set(only.tolist()) == {0}
 
 
+def test_a_product_that_rounds_up_to_the_smallest_normal_number_is_zero() -> None:
+    """Weights and code of an H100: y is -2**-126 only after rounding, so .ftz makes it a zero, which has no sign."""
+    x = torch.zeros(32, dtype=torch.bfloat16)
+    x[0], x[1], x[2] = 1.1636636369282575e29, -4966055936.0, -1.367880031466484e-09
+    codes, _ = quantize_4bit(x, "fp4", 32)
+    assert nibbles(codes)[1:3] == [8, 0]
+    powers = torch.zeros(32)
+    powers[0], powers[1] = 2.0**64, -(2.0**-62)  # exactly -2**-126
+    assert nibbles(quantize_4bit(powers, "fp4", 32)[0])[1] == 8
+
+
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
 def test_nan_takes_code_zero_and_leaves_its_block_and_the_others_alone(format: str) -> None:
     x = torch.randn(256, generator=torch.Generator().manual_seed(5))
