@@ -30,8 +30,8 @@ def _flush(a: Array) -> Array:
 
 
 def _multiply_flushed(a: Array, b: Array) -> Array:
-    """Their product; zero of its sign if it is below 2**-126 before it is rounded."""
-    tiny = np.abs(_f32(a).astype(np.float64) * _f32(b)) < 2.0**-126
+    """Their product; zero of its sign if it is below 2**-126 when rounded to 24 bits."""
+    tiny = np.abs(_f32(a).astype(np.float64) * _f32(b)) < 2.0**-126 - 2.0**-151
     return np.where(tiny, (a ^ b) & np.uint32(0x80000000), _bits(_f32(a) * _f32(b)))
 
 
