@@ -6,6 +6,7 @@ What holds on a CPU too is in ``tests/paging/test_devices.py``, which runs on bo
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -100,6 +101,39 @@ def test_unpinned_memory_is_slower_but_right(tmp_path, monkeypatch, caplog):
     with torch.no_grad():
         for _ in range(3):
             assert torch.equal(model(x), resident(x))
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_unpinned_memory_in_a_captured_step(tmp_path, monkeypatch, slots):
+    monkeypatch.setattr(arena_module, "_register", lambda *_: False)
+    model = paged(tmp_path, MAPS["mixed"], "nf4", slots=slots)
+    resident, x = build("nf4").to("cuda"), tokens().to("cuda")
+    step = CapturedStep(model, lambda: model(x))
+    with torch.no_grad():
+        for seed in range(4):
+            x.copy_(tokens(seed).to("cuda"))
+            assert torch.equal(step(), resident(x))
+
+
+def test_an_old_model_found_by_the_collector_does_no_harm_to_a_capture(tmp_path):
+    resident, x = build("nf4").to("cuda"), tokens().to("cuda")
+    old, model = paged(tmp_path / "old", MAPS["mixed"]), paged(tmp_path / "new", MAPS["cpu"], "nf4")
+    with torch.no_grad():
+        old(x)
+        model(x)
+        gc.collect()
+        old.itself = [old]  # what only the collector finds
+        arena = weakref.ref(paging_of(old).homes.arena)
+        del old
+
+        def run():
+            gc.collect()
+            assert arena() is None
+            return model(x)
+
+        graph, out = captured(run)
+        graph.replay()
+        assert torch.equal(out, resident(x))
 
 
 def test_a_dropped_model_leaves_no_copy_behind(tmp_path):

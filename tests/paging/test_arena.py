@@ -55,6 +55,28 @@ def test_it_is_pinned_piece_by_piece_and_let_go_of(monkeypatch):
     assert not registered
 
 
+def test_it_stays_pinned_while_a_graph_is_captured(monkeypatch):
+    """Waiting for the device, as unpinning must, would invalidate the graph."""
+    registered: set[int] = set()
+    capturing = True
+    monkeypatch.setattr(module.torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(module, "_capturing", lambda: capturing)
+    monkeypatch.setattr(module, "_register", lambda address, *_: registered.add(address) or True)
+    monkeypatch.setattr(module, "_unregister", lambda addresses: registered.difference_update(addresses))
+    closed, dropped = Arena(layouts(4096), pin=True), Arena(layouts(4096), pin=True)
+    addresses = {closed.buffer.data_ptr(), dropped.buffer.data_ptr()}
+    assert closed.pin()
+    assert dropped.pin()
+    closed.close()
+    del dropped
+    assert registered == addresses
+    again = Arena(layouts(4096, 4096))
+    assert again.buffer.data_ptr() not in addresses  # nobody else's memory yet
+    capturing = False
+    Arena(layouts(1))
+    assert not registered
+
+
 def test_memory_that_cannot_be_pinned_is_used_as_it_is(monkeypatch, caplog):
     monkeypatch.setattr(module.torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(module, "_register", lambda *_: False)

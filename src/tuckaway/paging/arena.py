@@ -63,6 +63,7 @@ class Arena:
             self._starts.append(end)
             end += layout.extent
         self.nbytes = end
+        _unpin_waiting()
         self.buffer = host_memory(end)
         self._wanted = (
             torch.accelerator.is_available() if pin is None else pin and torch.accelerator.is_available()
@@ -152,8 +153,8 @@ class Arena:
         """Unpin and let go of the memory; views that are still held keep it alive. Twice does no harm."""
         self._wanted = False  # ends the thread
         self._join()
-        _unregister(self._registered)
-        self._registered.clear()
+        _unpin(self._registered, self.buffer)
+        self._registered = []
         self._pinned_to = 0
         self.buffer = torch.empty(0, dtype=torch.uint8)
         self.layouts, self._starts, self.nbytes = (), [], 0
@@ -161,7 +162,30 @@ class Arena:
     def __del__(self) -> None:
         # memory that is freed while registered stays locked for the life of the process
         with contextlib.suppress(AttributeError, RuntimeError, ImportError):
-            _unregister(self._registered)
+            _unpin(self._registered, self.buffer)
+
+
+_still_pinned: list[tuple[list[int], torch.Tensor]] = []
+"""Memory that was let go of while a graph was being captured."""
+
+
+def _unpin(addresses: list[int], memory: torch.Tensor) -> None:
+    """Unpin ``memory``, or keep it until the next time if a graph is being captured, which waiting would invalidate.
+
+    The collector may find an old model at any moment, in a capture too.
+    """
+    if addresses:
+        _still_pinned.append((addresses, memory))
+    _unpin_waiting()
+
+
+def _unpin_waiting() -> None:
+    while _still_pinned and not _capturing():
+        _unregister(_still_pinned.pop()[0])
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _register(address: int, nbytes: int, device: torch.device | None = None) -> bool:

@@ -37,10 +37,11 @@ class Slot:
         buffer: uint8 ``[nbytes]``.
         page: the page it holds or is being filled with.
         fill: what fills it: None when nothing does or it was done on a stream; see :mod:`tuckaway.paging.transfer`.
+        shared: whether its memory is known to be written to on the copies' stream.
         tick: when a page in it was last asked for; 0 after a fill that nobody has asked for yet.
     """
 
-    __slots__ = ("buffer", "built", "fill", "index", "page", "ready", "tick", "used")
+    __slots__ = ("buffer", "built", "fill", "index", "page", "ready", "shared", "tick", "used")
 
     def __init__(self, index: int, nbytes: int, device: torch.device) -> None:
         self.index = index
@@ -49,6 +50,7 @@ class Slot:
         self.fill: Any = None
         self.ready: Any = None
         self.used: dict[int, Any] = {}
+        self.shared = False
         self.tick = 0
         self.built: dict[int, tuple[torch.Tensor, ...]] = {}
 

@@ -8,7 +8,6 @@ into the slot itself.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
 from functools import partial
@@ -178,6 +177,10 @@ class Transfer:
 
     def _after_use(self, slot: Slot) -> None:
         """Let copies from now on wait for what reads the slot. With the lock."""
+        if not (slot.shared or slot.buffer.is_cpu):
+            # a model may go while a copy is under way: its slots' memory is nobody else's before the copy is over
+            slot.buffer.record_stream(self._stream)
+            slot.shared = True
         for event in slot.used.values():
             self._stream.wait_event(event)
         slot.used = {}
@@ -190,12 +193,6 @@ class Transfer:
                 nbytes = min(_RUN_BYTES // cell * cell or cell, largest)
                 self._bounces, self._each = Bounces(_RUNS, nbytes, self.device), -(-nbytes // cell)
             return self._bounces, self._each
-
-    def __del__(self) -> None:
-        # the slots' memory may be given to others as soon as they are gone
-        if getattr(self, "_stream", None) is not None:
-            with contextlib.suppress(RuntimeError):
-                self._stream.synchronize()
 
     def close(self) -> None:
         """End what is under way and wait for the device. Twice does no harm."""
