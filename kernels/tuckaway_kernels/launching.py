@@ -100,6 +100,7 @@ class Launch:
         words: which tensors the kernel reads as int32.
         overlap: let it begin before the launch before it has ended; the kernel waits for that one itself.
         aligned: copy tensors that do not begin on 16 bytes, for kernels whose result would depend on it.
+        describe: makes what the kernel takes in place of its first tensor, a descriptor for the bulk copy engine.
 
     Example:
         >>> Launch(kernel, (4, 1, 1), (n,), {"TILE": 512}, warps=4)(x, out)  # doctest: +SKIP
@@ -108,6 +109,7 @@ class Launch:
     __slots__ = (
         "_aligned",
         "_constants",
+        "_describe",
         "_grid",
         "_integers",
         "_kernel",
@@ -129,6 +131,7 @@ class Launch:
         words: tuple[int, ...] = (),
         aligned: bool = False,
         overlap: bool = False,
+        describe: Callable[[torch.Tensor], Any] | None = None,
     ) -> None:
         self._kernel = kernel
         self._grid = grid
@@ -139,6 +142,7 @@ class Launch:
             self._options["launch_pdl"] = True
         self._words = words
         self._aligned = aligned
+        self._describe = describe
         special = tuple(map(_speciality, integers))
         # a constant of another type is another constant: True is not 1 to Triton
         named = tuple((type(value), value) for value in self._constants.values())
@@ -175,17 +179,20 @@ class Launch:
         if hooks is None or hooks[0] or hooks[1]:
             self._triton(tensors)
             return
+        first = pointers[0] if self._describe is None else self._describe(tensors[0])
         stream = torch._C._cuda_getCurrentRawStream(index)
-        run(*self._grid, stream, function, metadata, None, None, None, *pointers, *rest)
+        run(*self._grid, stream, function, metadata, None, None, None, first, *pointers[1:], *rest)
 
     def compiled_for(self, tensors: Sequence[torch.Tensor]) -> tuple[Callable[..., None], list[Any]] | None:
-        """Return what was compiled for these tensors, and its arguments; None: nothing yet, or for other addresses.
+        """Return what was compiled for these tensors, and its arguments.
+
+        None: nothing yet, or for other addresses, or a descriptor has to be made for every launch.
 
         In the arguments the stream is at `STREAM`, the tensors' addresses from `FIRST_ADDRESS` on.
         """
         ready = self._ready.get((*[t.dtype for t in tensors], *[t.get_device() for t in tensors]))
         pointers = [tensor.data_ptr() for tensor in tensors]
-        if ready is None or any(pointer & 15 for pointer in pointers):
+        if ready is None or self._describe is not None or any(pointer & 15 for pointer in pointers):
             return None
         (run, function, metadata), rest = ready
         return run, [*self._grid, 0, function, metadata, None, None, None, *pointers, *rest]
@@ -208,9 +215,9 @@ class Launch:
             self._ready[key] = ready, rest
 
     def _triton(self, tensors: tuple[torch.Tensor, ...]) -> Any:
-        if self._words:
-            views = list(tensors)
-            for i in self._words:
-                views[i] = views[i].view(-1).view(torch.int32)
-            tensors = tuple(views)
-        return self._kernel[self._grid](*tensors, *self._integers, **self._constants, **self._options)
+        given: list[Any] = list(tensors)
+        for i in self._words:
+            given[i] = tensors[i].view(-1).view(torch.int32)
+        if self._describe is not None:
+            given[0] = self._describe(tensors[0])
+        return self._kernel[self._grid](*given, *self._integers, **self._constants, **self._options)

@@ -21,6 +21,12 @@ _CONFIGS: Final = Path(__file__).parent / "configs"
 LARGEST_FUSED: Final = 128
 """Rows of x up to which a fused product is faster than decoding first: 8192x8192, m = 128: 89 against 113 us."""
 
+LARGEST_WGMMA: Final = 1280
+"""Rows of x up to which a product by wgmma is faster than decoding first, where it runs."""
+
+_FEWEST_TURNS: Final = 4
+"""Turns of 128 columns that a part of them has at the least."""
+
 MOST_INT8_MMA_WARPS: Final = 2
 """More did no better; from 4 on Triton takes wgmma on Hopper."""
 
@@ -30,19 +36,20 @@ class Choice:
     """One kernel and its constants.
 
     Args:
-        kernel: ``"gemv"``, dot products in ordinary registers; ``"mma"``, tensor cores.
+        kernel: ``"gemv"``, dot products in ordinary registers; ``"mma"``, tensor cores; ``"wgmma"``, Hopper's, which
+            warps drive by fours.
         tile_rows: rows of the matrix a program takes (4-bit mma: a warp).
         warps: 32 threads each, a program.
         tile_m: rows of x a program takes.
         blocks: runs of 64 columns a step (4-bit mma).
         columns: columns a step (int8).
-        stages: of the software pipeline (int8).
+        stages: of the software pipeline (int8); places of the ring (wgmma).
         split: parts the columns are split into, among programs.
         across: warps of a program that take different rows; the others take different columns (4-bit mma).
         programs: that go through all rows (4-bit gemv); 0: one for each ``tile_rows``.
     """
 
-    kernel: Literal["gemv", "mma"]
+    kernel: Literal["gemv", "mma", "wgmma"]
     tile_rows: int
     warps: int
     tile_m: int = 1
@@ -60,6 +67,15 @@ def fuses(device: torch.device) -> bool:
 
 
 @cache
+def runs_wgmma(device: torch.device) -> bool:
+    """Tell whether `linear_4bit.wgmma` runs on ``device``: on Hopper, by a Triton whose Gluon it was tried with."""
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return fuses(device) and _capability(device) == (9, 0) and (3, 6) <= version <= (3, 9)
+
+
+@cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
@@ -68,6 +84,10 @@ def choose_4bit(
     device: torch.device, m: int, rows: int, cols: int, blocksize: int, nested: bool
 ) -> Choice | None:
     """Return the kernel for ``x [m, cols] @ S^T`` with 4-bit S ``[rows, cols]``; None: decode and multiply."""
+    if m > 32:
+        choice = _wgmma(device, m, rows, cols, blocksize)
+        if choice is not None:
+            return choice
     mma = cols % 64 == 0 and blocksize >= 64
     if not 1 <= m <= LARGEST_FUSED or cols % 32 or not (mma or m in (1, 2, 4)):
         return None
@@ -82,6 +102,19 @@ def choose_4bit(
     warps = min(1 << max((cols - 1).bit_length() - 10, 0), 8)
     programs = entry.get("programs") or (16 // warps if m == 1 else 8 // warps) * processors(device)
     return Choice("gemv", tile_rows, warps, m, programs=programs)
+
+
+def _wgmma(device: torch.device, m: int, rows: int, cols: int, blocksize: int) -> Choice | None:
+    """Return the choice for more than 32 rows of x; None where the kernel does not run, or not faster than decoding."""
+    tile_m, warps, resident = (64, 4, 4) if m <= 64 else (128, 4, 2) if m <= 128 else (256, 8, 1)
+    fits = rows % (16 * warps) == 0 and cols % 128 == 0 and blocksize >= 64 and cols % blocksize == 0
+    if not fits or m > LARGEST_WGMMA or not runs_wgmma(device):
+        return None
+    programs = rows // (16 * warps) * -(-m // tile_m)
+    most, turns, split = resident * processors(device), cols // 128, 1
+    while split < 8 and 2 * split * programs <= most and turns >= 2 * split * _FEWEST_TURNS:
+        split *= 2
+    return Choice("wgmma", 16 * warps, warps, tile_m, stages=4, split=split)
 
 
 def _fragments(device: torch.device, m: int, rows: int, cols: int, entry: dict[str, Any]) -> Choice | None:

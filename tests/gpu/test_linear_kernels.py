@@ -126,6 +126,39 @@ def test_4bit_of_the_size_measured(m: int) -> None:
     check_4bit(m, 8192, 8192, torch.bfloat16, nested=True)
 
 
+@pytest.mark.parametrize("m", [33, 64, 100, 128, 129, 256, 300, 600, 1024])
+@pytest.mark.parametrize(("rows", "cols"), [(128, 128), (192, 640), (1280, 11_008), (2048, 4096)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_4bit_of_many_rows(m: int, rows: int, cols: int, dtype: torch.dtype) -> None:
+    check_4bit(m, rows, cols, dtype, bias=rows != 2048, nested=cols == 4096)
+
+
+@pytest.mark.parametrize("m", [48, 120, 400])
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+@pytest.mark.parametrize("blocksize", [64, 128, 512])
+def test_4bit_of_many_rows_in_every_format(m: int, format: str, blocksize: int) -> None:
+    check_4bit(m, 512, 1024, torch.bfloat16, format=format, blocksize=blocksize, bias=True)
+
+
+@pytest.mark.parametrize("m", [64, 512])
+def test_4bit_of_many_rows_where_rows_of_the_matrix_differ_widely(m: int) -> None:
+    """A row's result is as near as its own weights are exact, whatever the largest of the matrix are."""
+    rows, cols = 512, 1024
+    sizes = 10.0 ** torch.linspace(-30, 20, rows, device=gpu())[:, None]
+    codes, absmax = OPS.quantize_4bit(torch.randn(rows, cols, device=gpu()) * sizes, "nf4", 64)
+    absmax.view(rows, -1)[7] = 0
+    x = inputs(m, cols, torch.bfloat16) * torch.logspace(-8, 8, m, device=gpu(), dtype=torch.float32)[:, None]
+    x = x.to(torch.bfloat16)
+    result = OPS.linear_4bit(x, codes, absmax, None, None, None, "nf4", 64, rows, cols, True, torch.bfloat16)
+    weight = OPS.dequantize_4bit(codes, absmax, "nf4", 64, (rows, cols), torch.float32).double()
+    exact = x.double() @ weight.t()
+    assert not result[:, 7].any()
+    errors = (result.double() - exact).norm(dim=0) / exact.norm(dim=0)
+    by_input = (result.double() - exact).norm(dim=1) / exact.norm(dim=1)
+    assert errors[torch.arange(rows, device=gpu()) != 7].max() < 5e-3
+    assert by_input.max() < 5e-3
+
+
 @pytest.mark.parametrize("m", [1, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("rows", "cols"), [(2048, 4096), (31, 129)])

@@ -46,6 +46,24 @@ def test_4bit_choices_keep_to_their_kernels_rules() -> None:
 
 
 @pytest.mark.usefixtures("_gpu")
+def test_choices_of_wgmma_keep_to_its_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "runs_wgmma", lambda device: True)
+    taken = 0
+    for m, (rows, cols), blocksize in product([33, 64, 65, 128, 129, 512, 4096], SHAPES, [32, 64, 4096]):
+        choice = choose_4bit(GPU, m, rows, cols, blocksize, False)
+        if choice is None or choice.kernel != "wgmma":
+            assert m == 4096 or rows % 128 or cols % 128 or blocksize < 64 or cols % blocksize
+            continue
+        taken += 1
+        assert rows % (16 * choice.warps) == cols % 128 == cols % blocksize == 0
+        share = -(-(cols // 128) // choice.split)
+        assert (choice.split - 1) * share < cols // 128  # no part is empty
+        assert choice.tile_m in (64, 128, 256)
+    assert taken
+    assert choose_4bit(GPU, 32, 8192, 8192, 64, False).kernel == "mma"  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("_gpu")
 def test_int8_choices_keep_to_their_kernels_rules() -> None:
     for m, (rows, cols), dtype in product(BATCHES, SHAPES, [torch.float32, torch.bfloat16]):
         choice = choose_int8(GPU, m, rows, cols, dtype)

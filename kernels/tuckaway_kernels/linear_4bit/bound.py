@@ -47,7 +47,7 @@ def bind_4bit(
         if dtype not in (torch.bfloat16, torch.float16) or (bias is not None and bias.dtype != dtype):
             return None
         choice = choose_4bit(device, m, rows, cols, blocksize, nested)
-        if choice is None:
+        if choice is None or choice.kernel == "wgmma":  # which takes a descriptor made for every launch
             return None
         bf16 = dtype == torch.bfloat16
         plan = plan_of(choice, device, m, rows, cols, format, blocksize, nested, bias is not None, bf16)

@@ -8,6 +8,7 @@ import torch
 
 from tuckaway_kernels.codebooks import dynamic_map
 from tuckaway_kernels.launching import Launch, overlaps
+from tuckaway_kernels.linear_4bit.wgmma_launch import order_turns, wgmma
 from tuckaway_kernels.nested_scales.launch import dequantize_launch
 from tuckaway_kernels.plans import OUT, SETTLED, Plan, Room, X
 from tuckaway_kernels.selection import Choice
@@ -108,7 +109,7 @@ def plan_of(
         return ~(len(rooms) - 1)
 
     scales: tuple[int, ...] = SCALES, NESTED, OFFSET
-    if nested and choice.tile_m == 64:
+    if nested and choice.tile_m >= 64:
         # with one block a step a scale is looked up 8 times over, 14 us for 8192x8192; restored at once it is 4 us
         restored = room(-(-rows * cols // blocksize))
         restore = dequantize_launch(-(-rows * cols // blocksize))
@@ -119,6 +120,13 @@ def plan_of(
     if choice.kernel == "gemv":
         multiply = _gemv(choice, rows, cols, format, blocksize, nested, bias, bf16)
         steps.append((multiply, (X, *settled, target)))
+    elif choice.kernel == "wgmma":
+        ordered = room(-(-m // choice.tile_m) * choice.tile_m, cols, dtype=torch.float16)
+        powers, row_powers = room(m), room(rows)
+        order = order_turns(choice, m, rows, cols, blocksize, overlap)
+        steps.append((order, (X, ordered, powers, scales[0], row_powers)))
+        multiply = wgmma(choice, m, rows, cols, format, blocksize, bias, overlap)
+        steps.append((multiply, (ordered, powers, row_powers, CODES, scales[0], BIAS, target)))
     else:
         # x in fp16, its powers of two taken out, in the order tensor cores take it
         ordered = room(-(-m // choice.tile_m) * choice.tile_m, cols, dtype=torch.float16)

@@ -1,0 +1,132 @@
+"""What of the product by wgmma runs without a GPU: the order of x against that of the weights, and its compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tuckaway_kernels.backend import has_triton
+from tuckaway_kernels.selection import Choice
+
+MODULE = "tuckaway_kernels.linear_4bit.wgmma_launch"
+
+
+@pytest.fixture
+def order(interpret: Callable[..., Any]) -> Callable[..., tuple[torch.Tensor, ...]]:
+    interpret("kernels.ptx", "install")
+
+    def call(x: torch.Tensor, scales: torch.Tensor, tile_m: int = 64) -> tuple[torch.Tensor, ...]:
+        """Return x in order, the powers of its rows and those of the matrix."""
+        (m, cols), (rows, blocks) = x.shape, scales.shape
+        padded = -(-m // tile_m) * tile_m
+        ordered = torch.full((padded, cols), torch.nan, dtype=torch.float16)
+        powers, row_powers = torch.full((m,), torch.nan), torch.full((rows,), torch.nan)
+        choice = Choice("wgmma", 64, 4, tile_m, stages=4)
+        interpret_order = (choice, m, rows, cols, cols // blocks, x, ordered, powers, scales, row_powers)
+        found = interpret("kernels.linear_4bit.test_wgmma", "run_order", *interpret_order)
+        return found[1], found[2], found[4]
+
+    return call
+
+
+def run_order(choice: Choice, m: int, rows: int, cols: int, blocksize: int, *tensors: torch.Tensor) -> None:
+    """Run in the process that interprets kernels."""
+    from tuckaway_kernels.linear_4bit.wgmma_launch import order_turns
+
+    order_turns(choice, m, rows, cols, blocksize, overlap=False)(*tensors)
+
+
+def fragments(weights: torch.Tensor) -> torch.Tensor:
+    """Put a turn of weights [rows, 128] in the order in which `decode_step` hands them over, by its own operations.
+
+    Words, of 8 weights, lie four to a lane; of a byte's two weights the first is in the high nibble, and is decoded to
+    the low half of a pair.
+    """
+    rows = weights.shape[0]
+    words = weights.view(rows, 4, 2, 2, 4, 2)  # lane, step, word, byte, nibble
+    steps = []
+    for step in (0, 1):
+        p, q, u, v = words[:, :, step].reshape(rows, 8, 4, 2).unbind(2)
+        pairs = torch.stack([torch.stack([p, u], 2), torch.stack([q, v], 2)], 3)  # [rows, 8, 2, 2, nibble]
+        both = pairs.reshape(rows, 4, 4, 2, 2)
+        steps.append(both.permute(0, 2, 3, 1, 4).reshape(rows, 64))
+    return torch.cat(steps, 1)
+
+
+@pytest.mark.parametrize(("m", "cols"), [(3, 128), (5, 640), (2, 8192 + 384)])
+def test_x_is_in_the_order_of_the_weights(order: Callable[..., Any], m: int, cols: int) -> None:
+    x, weights = torch.randn(m, cols).bfloat16(), torch.randn(4, cols, dtype=torch.float64)
+    ordered, powers, _ = order(x, torch.ones(4, cols // 64))
+    assert not ordered[m:].any()
+    assert not ordered.isnan().any()
+    turned = torch.cat([fragments(turn) for turn in weights.split(128, 1)], 1)
+    total = (ordered[:m].double() @ turned.t()) * powers[:, None]
+    assert torch.allclose(total, x.double() @ weights.t(), rtol=0, atol=1e-9 * cols)  # bf16 fits into fp16
+
+
+def test_a_lane_multiplies_the_columns_it_has() -> None:
+    """Element k of the operand lies in lane k // 2 % 4; its weights must be the 32 neighbours that the lane loaded."""
+    numbers = fragments(torch.arange(128.0)[None])[0].view(2, 8, 4, 2)
+    for lane in range(4):
+        assert sorted(numbers[:, :, lane].flatten().tolist()) == list(range(32 * lane, 32 * lane + 32))
+
+
+def test_rows_are_brought_to_where_fp16_is_exact(order: Callable[..., Any]) -> None:
+    x = torch.ones(6, 128)
+    x[0], x[1, 0], x[2], x[3], x[4, 5] = 0, 6e4, 1e-30, -7.0, 3e38
+    scales = torch.tensor([[1.0, 0.3], [0.0, 0.0], [3e-9, 2e-38], [5e5, 1.0], [3e38, 1.0], [1e-45, 0.0]])
+    ordered, powers, row_powers = order(x, scales)
+    largest = ordered[:6].float().abs().amax(1)
+    assert largest[0] == 0
+    assert ((largest[1:] >= 4) & (largest[1:] < 8)).all()
+    assert torch.equal(powers.log2(), powers.log2().round())
+    assert (ordered[3].float() * powers[3] == -7).all()
+    scaled = scales.amax(1) * row_powers
+    assert ((scaled[[0, 2, 3, 4]] >= 2**13) & (scaled[[0, 2, 3, 4]] < 2**14)).all()
+    assert scaled[[1, 5]].max() < 2**14
+    assert ((1 / row_powers) * row_powers == 1).all()  # the inverse is a normal number
+    assert (1 / row_powers).min() >= torch.finfo(torch.float32).tiny
+
+
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("constants", [(4, 64, 1, False), (4, 128, 2, True), (8, 256, 1, False)])
+def test_it_compiles_for_hopper_and_keeps_to_the_registers(constants: tuple[int, int, int, bool]) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import compile as compile_kernel
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from tuckaway_kernels.linear_4bit.wgmma import TILE, wgmma_kernel
+
+    warps, tile_m, split, fp4 = constants
+    pointers = {"powers": "*fp32", "row_powers": "*fp32", "codes": "*i32", "scales": "*fp32", "bias": "*bf16"}
+    pointers["out"] = "*bf16" if split == 1 else "*fp32"
+    signature = {"x": f"tensordesc<fp16{[tile_m, 64]},{TILE!r}>", **pointers}
+    signature |= dict.fromkeys(("m", "rows", "cols", "share"), "i32")
+    fixed = {
+        "WARPS": warps,
+        "M": tile_m,
+        "STAGES": 4,
+        "BLOCKSIZE": 64,
+        "SPLIT": split,
+        "BIAS": True,
+        "FP4": fp4,
+        "OVERLAP": True,
+    }
+    names = wgmma_kernel.arg_names
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in signature if name != "x"}
+    source = GluonASTSource(
+        wgmma_kernel, signature | dict.fromkeys(fixed, "constexpr"), constexprs=fixed, attrs=aligned
+    )
+    options = {"num_warps": warps, "launch_pdl": True}
+    compiled = compile_kernel(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assembly = compiled.asm["ptx"]
+    # 4 instructions of 16 columns a step, two steps a turn, all with weights in registers
+    assert assembly.count(f"wgmma.mma_async.sync.aligned.m64n{tile_m}k16.f32.f16.f16") == 8
+    assert "local" not in assembly.partition(".entry")[2].replace(
+        ".loc\t", ""
+    )  # nothing spilled before ptxas
+    assert compiled.metadata.shared <= 232_448 // (1 if tile_m == 256 else 2)
