@@ -281,8 +281,8 @@ def order_turns_kernel(
         there = (row < rows)[:, None] & (block < blocks)[None, :]
         scale = tl.load(scales + row[:, None] * blocks + block[None, :], mask=there, other=0.0)
         found = (tl.max(tl.abs(scale), axis=1).to(tl.int32, bitcast=True) >> 23) & 0xFF
-        power = tl.minimum(tl.maximum(267 - found, 1), 253)  # and its inverse is a normal number
-        tl.store(row_powers + row, (power << 23).to(tl.float32, bitcast=True), mask=row < rows)
+        exponents = tl.minimum(tl.maximum(267 - found, 1), 253)  # and the inverse is a normal number
+        tl.store(row_powers + row, (exponents << 23).to(tl.float32, bitcast=True), mask=row < rows)
     else:
         start = x + program.to(tl.int64) * cols
         target = ordered + program.to(tl.int64) * cols

@@ -93,6 +93,30 @@ def test_rows_are_brought_to_where_fp16_is_exact(order: Callable[..., Any]) -> N
 
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("once", [True, False])
+def test_the_launch_before_it_compiles(once: bool) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compile_kernel
+
+    from tuckaway_kernels.linear_4bit.wgmma import order_turns_kernel
+
+    signature = {
+        "x": "*bf16",
+        "ordered": "*fp16",
+        "powers": "*fp32",
+        "scales": "*fp32",
+        "row_powers": "*fp32",
+    }
+    signature |= dict.fromkeys(("m", "padded", "cols", "rows", "blocks"), "i32")
+    fixed = {"COLUMNS": 8192, "ONCE": once, "ROWS": 32, "BLOCKS": 128, "OVERLAP": True}
+    source = ASTSource(order_turns_kernel, signature | dict.fromkeys(fixed, "constexpr"), constexprs=fixed)
+    compiled = compile_kernel(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    assert "griddepcontrol.launch_dependents" in compiled.asm["ptx"]
+
+
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("constants", [(4, 64, 1, False), (4, 128, 2, True), (8, 256, 1, False)])
 def test_it_compiles_for_hopper_and_keeps_to_the_registers(constants: tuple[int, int, int, bool]) -> None:
     from triton.backends.compiler import GPUTarget
