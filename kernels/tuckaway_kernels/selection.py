@@ -61,6 +61,34 @@ class Choice:
     programs: int = 0
 
 
+@dataclass(frozen=True)
+class _Tile:
+    """What a program of the kernel by wgmma takes.
+
+    Args:
+        tile_m: rows of x.
+        warps: four for each 64 rows of the matrix.
+        stages: places of its ring.
+        resident: programs that a multiprocessor of an H100 has room for.
+        most_parts: of the columns; adding up the parts takes time.
+        turn_us: microseconds that ``resident`` programs take for a turn of 128 columns there.
+    """
+
+    tile_m: int
+    warps: int
+    stages: int
+    resident: int
+    most_parts: int
+    turn_us: float
+
+
+_WGMMA_TILES: Final = (
+    _Tile(64, 4, 4, 4, 8, 1.9),
+    _Tile(128, 4, 3, 4, 8, 2.4),
+    _Tile(256, 8, 4, 1, 4, 1.8),
+)
+
+
 def fuses(device: torch.device) -> bool:
     """Tell whether the fused kernels run on ``device``: NVIDIA GPUs from Ampere on, which have pairs of bf16."""
     return has_ptx() and device.type == "cuda" and _capability(device) >= (8, 0)
@@ -106,15 +134,32 @@ def choose_4bit(
 
 def _wgmma(device: torch.device, m: int, rows: int, cols: int, blocksize: int) -> Choice | None:
     """Return the choice for more than 32 rows of x; None where the kernel does not run, or not faster than decoding."""
-    tile_m, warps, resident = (64, 4, 4) if m <= 64 else (128, 4, 2) if m <= 128 else (256, 8, 1)
-    fits = rows % (16 * warps) == 0 and cols % 128 == 0 and blocksize >= 64 and cols % blocksize == 0
+    fits = rows % 64 == 0 and cols % 128 == 0 and blocksize >= 64 and cols % blocksize == 0
     if not fits or m > LARGEST_WGMMA or not runs_wgmma(device):
         return None
-    programs = rows // (16 * warps) * -(-m // tile_m)
-    most, turns, split = resident * processors(device), cols // 128, 1
-    while split < 8 and 2 * split * programs <= most and turns >= 2 * split * _FEWEST_TURNS:
-        split *= 2
-    return Choice("wgmma", 16 * warps, warps, tile_m, stages=4, split=split)
+    # 4096x4096: 128 rows of x 26 us against 29 by decoding first, 256 rows 36 against 33; 11008x4096: 54 against 84
+    if m > 128 and rows * cols < 1 << 25:
+        return None
+    most, turns = processors(device), cols // 128
+    tiles = [t for t in _WGMMA_TILES if rows % (16 * t.warps) == 0 and (t.tile_m >= min(m, 128))]
+    if m <= 128:
+        tiles = tiles[:1]
+
+    def split(tile: _Tile) -> int:
+        programs = rows // (16 * tile.warps) * -(-m // tile.tile_m)
+        parts = tile.resident * most // programs
+        # 448 programs where 528 fit, 28672x8192 and 64 rows of x: 121 us in two parts, more than 128 in one
+        if parts == 1 and tile.tile_m == 64 and 2 * programs > tile.resident * most:
+            parts = 2
+        parts = min(max(parts, 1), tile.most_parts, max(turns // _FEWEST_TURNS, 1))
+        return -(-turns // -(-turns // parts))  # without an empty part
+
+    def time(tile: _Tile) -> float:
+        programs, parts = rows // (16 * tile.warps) * -(-m // tile.tile_m), split(tile)
+        return -(-programs * parts // (tile.resident * most)) * -(-turns // parts) * tile.turn_us
+
+    best = min(tiles, key=time)
+    return Choice("wgmma", 16 * best.warps, best.warps, best.tile_m, stages=best.stages, split=split(best))
 
 
 def _fragments(device: torch.device, m: int, rows: int, cols: int, entry: dict[str, Any]) -> Choice | None:

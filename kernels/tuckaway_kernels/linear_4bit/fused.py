@@ -122,11 +122,10 @@ def plan_of(
         steps.append((multiply, (X, *settled, target)))
     elif choice.kernel == "wgmma":
         ordered = room(-(-m // choice.tile_m) * choice.tile_m, cols, dtype=torch.float16)
-        powers, row_powers = room(m), room(rows)
-        order = order_turns(choice, m, rows, cols, blocksize, overlap)
-        steps.append((order, (X, ordered, powers, scales[0], row_powers)))
+        powers = room(m)
+        steps.append((order_turns(choice, m, cols, overlap), (X, ordered, powers)))
         multiply = wgmma(choice, m, rows, cols, format, blocksize, bias, overlap)
-        steps.append((multiply, (ordered, powers, row_powers, CODES, scales[0], BIAS, target)))
+        steps.append((multiply, (ordered, powers, CODES, scales[0], BIAS, target)))
     else:
         # x in fp16, its powers of two taken out, in the order tensor cores take it
         ordered = room(-(-m // choice.tile_m) * choice.tile_m, cols, dtype=torch.float16)

@@ -8,8 +8,8 @@ alike. So x is brought into the order (`order_turns_kernel`) in which a lane's 3
 
 x comes by the bulk copy engine (TMA) into a ring, one tile of 64 columns a step; one product stays in flight while the
 next step is decoded, and the codes of the next turn are on their way. Weights are scaled in registers, in fp16, by a
-power of two for each row of S that brings its largest scale to 2**13..2**14; so are the rows of x, to 4..8. One fp32
-accumulator does for all columns.
+power of two for each row of S that brings its largest scale to 2**13..2**14 (found by each program for its own columns,
+before x is there); so are the rows of x, to 4..8. One fp32 accumulator does for all columns.
 
 8192x8192 nf4 on an H100, m = 64 / 128 / 512: 39 / 52 / 105 us, by warp-level tensor core instructions
 (`fragments`) 49 / 84 us, by decoding first 152. Without decoding it would be 23 us at m = 64 and 88 at 512, which is
@@ -123,6 +123,24 @@ def steps_of(words, ROWS: gl.constexpr, WORDS: gl.constexpr):
 
 
 @gluon.jit
+def row_powers(start, begin, end, WARPS: gl.constexpr):
+    """Powers of two, fp32, that bring the largest of these blocks' scales of a row to 2**13..2**14.
+
+    There fp16 has 28 powers of two below it before it loses bits. start: where the rows' scales begin.
+    """
+    WIDE: gl.constexpr = layout_of(WARPS, 8, 32)
+    rows = gl.convert_layout(start, gl.SliceLayout(1, WIDE))[:, None]
+    block = gl.arange(0, 32, gl.SliceLayout(0, WIDE))[None, :]
+    largest = gl.zeros([16 * WARPS, 32], gl.float32, WIDE)
+    for first in range(begin, end, 32):
+        scale = gl.load(rows + first + block, mask=first + block < end, other=0.0)
+        largest = gl.maximum(largest, gl.abs(scale))
+    found = (gl.max(largest, axis=1).to(gl.int32, bitcast=True) >> 23) & 0xFF
+    power = gl.minimum(gl.maximum(267 - found, 1), 253)  # and its inverse is a normal number
+    return gl.convert_layout((power << 23).to(gl.float32, bitcast=True), start.type.layout)
+
+
+@gluon.jit
 def bring(x, ring, bars, place, first_x, column, M: gl.constexpr):
     """Start the copy of x [M, 64] from this column on to a place of the ring; columns past the end are zeros."""
     mbarrier.expect(bars.index(place), M * 128)
@@ -140,7 +158,6 @@ def next_place(stage, phase, STAGES: gl.constexpr):
 def wgmma_kernel(
     x,
     powers,
-    row_powers,
     codes,
     scales,
     bias,
@@ -160,9 +177,9 @@ def wgmma_kernel(
 ):
     """Write x @ S^T + bias to out [m, rows], or partial sums fp32 [SPLIT, m, rows].
 
-    x: descriptor of fp16 [.., cols] in the order of `order_turns_kernel`, rows a multiple of M. powers fp32 [m],
-    row_powers fp32 [rows]: from there. codes int32; scales fp32. share: turns a part. rows is a multiple of 16 * WARPS,
-    cols of 128 and of BLOCKSIZE, which is 64 or more.
+    x: descriptor of fp16 [.., cols] in the order of `order_turns_kernel`, rows a multiple of M. powers fp32 [m]: from
+    there. codes int32; scales fp32. share: turns a part. rows is a multiple of 16 * WARPS, cols of 128 and of
+    BLOCKSIZE, which is 64 or more.
     """
     ROWS: gl.constexpr = 16 * WARPS
     TURN: gl.constexpr = layout_of(WARPS, 4, 16)
@@ -180,10 +197,11 @@ def wgmma_kernel(
     row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, TURN))
     at = codes + row[:, None].to(gl.int64) * (cols // 8) + gl.arange(0, 16, gl.SliceLayout(0, TURN))[None, :]
     scale_row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SCALES))
-    scales += scale_row[:, None].to(gl.int64) * (cols // BLOCKSIZE)
+    scale_start = scales + scale_row.to(gl.int64) * (cols // BLOCKSIZE)
     lane_column = gl.arange(0, 4, gl.SliceLayout(0, SCALES))[None, :] * 32
     words = gl.load(at + begin * 16)
-    scale = gl.load(scales + (begin * 128 + lane_column) // BLOCKSIZE)
+    scale = gl.load(scale_start[:, None] + (begin * 128 + lane_column) // BLOCKSIZE)
+    power = row_powers(scale_start, begin * 128 // BLOCKSIZE, (end * 128 + BLOCKSIZE - 1) // BLOCKSIZE, WARPS)
     ring = gl.allocate_shared_memory(gl.float16, [STAGES, M, 64], x.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -194,9 +212,8 @@ def wgmma_kernel(
         )
     for i in gl.static_range(STAGES - 1):
         bring(x, ring, bars, i, first_x, begin * 128 + i * 64, M)
-    power = gl.load(row_powers + scale_row)[:, None]
     first, second = steps_of(words, ROWS, WORDS)
-    left = decode_step(first, scale * power, ROWS, FP4, WORDS, A)
+    left = decode_step(first, scale * power[:, None], ROWS, FP4, WORDS, A)
     total = gl.zeros([ROWS, M], gl.float32, PRODUCT)
     held = left
     stage = 0
@@ -208,11 +225,11 @@ def wgmma_kernel(
         token = warpgroup_mma(left, ring.index(stage).permute((1, 0)), total, is_async=True)
         next_turn = gl.minimum(turn + 1, end - 1)
         next_words = gl.load(at + next_turn * 16)
-        next_scale = gl.load(scales + (next_turn * 128 + lane_column) // BLOCKSIZE)
+        next_scale = gl.load(scale_start[:, None] + (next_turn * 128 + lane_column) // BLOCKSIZE)
         total, held = warpgroup_mma_wait(1, deps=(token, held))
         _barrier()  # all warps have multiplied what lay there
         bring(x, ring, bars, behind, first_x, turn * 128 + (STAGES - 1) * 64, M)
-        right = decode_step(second, scale * power, ROWS, FP4, WORDS, A)
+        right = decode_step(second, scale * power[:, None], ROWS, FP4, WORDS, A)
         behind = stage
         stage, phase = next_place(stage, phase, STAGES)
         mbarrier.wait(bars.index(stage), phase)
@@ -222,7 +239,7 @@ def wgmma_kernel(
         total, left = warpgroup_mma_wait(1, deps=(token, left))
         _barrier()
         bring(x, ring, bars, behind, first_x, turn * 128 + STAGES * 64, M)
-        left = decode_step(first, scale * power, ROWS, FP4, WORDS, A)
+        left = decode_step(first, scale * power[:, None], ROWS, FP4, WORDS, A)
         held = right
         behind = stage
         stage, phase = next_place(stage, phase, STAGES)
@@ -237,8 +254,8 @@ def wgmma_kernel(
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [ROWS // 8, 256 // ROWS], [1, WARPS], [0, 1])
     x_row = first_x + gl.arange(0, M, gl.SliceLayout(0, OUT))
     out_row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
-    inverse = (254 << 23) - gl.load(row_powers + out_row).to(gl.int32, bitcast=True)
-    result = gl.convert_layout(total, OUT) * inverse.to(gl.float32, bitcast=True)[:, None]
+    inverse = ((254 << 23) - power.to(gl.int32, bitcast=True)).to(gl.float32, bitcast=True)
+    result = gl.convert_layout(total, OUT) * gl.convert_layout(inverse, gl.SliceLayout(1, OUT))[:, None]
     result *= gl.load(powers + x_row, mask=x_row < m, other=0.0)[None, :]
     if BIAS and SPLIT == 1:
         result += gl.load(bias + out_row).to(gl.float32)[:, None]
@@ -248,64 +265,38 @@ def wgmma_kernel(
 
 @triton.jit
 def order_turns_kernel(
-    x,
-    ordered,
-    powers,
-    scales,
-    row_powers,
-    m,
-    padded,
-    cols,
-    rows,
-    blocks,
-    COLUMNS: tl.constexpr,
-    ONCE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    x, ordered, powers, m, cols, COLUMNS: tl.constexpr, ONCE: tl.constexpr, OVERLAP: tl.constexpr
 ):
-    """Bring x [m, cols] to fp16 [padded, cols], each row divided by a power of two, in the order of `wgmma_kernel`.
+    """Bring x [m, cols] to fp16, each row divided by a power of two, in the order of `wgmma_kernel`.
 
-    Programs from ``padded`` on find the powers of ROWS rows of S each, from scales fp32 [rows, blocks]. ONCE: a row
-    of x has COLUMNS columns at most.
-
-    powers fp32 [m]: 2**k, such that 2**-k brings the largest of a row to 4..8. row_powers fp32 [rows]: 2**k that brings
-    the largest scale of a row to 2**13..2**14, where fp16 has 28 powers of two below it before it loses bits.
+    With rows of zeros up to as many as there are programs. powers fp32 [m]: 2**k, such that 2**-k brings the largest of
+    a row to 4..8. ONCE: a row has COLUMNS columns at most.
     """
-    program = tl.program_id(0)
+    row = tl.program_id(0)
     if OVERLAP:
-        program = begin_next_launch(program)
-    if program >= padded:
-        row = (program - padded) * ROWS + tl.arange(0, ROWS)
-        block = tl.arange(0, BLOCKS)
-        there = (row < rows)[:, None] & (block < blocks)[None, :]
-        scale = tl.load(scales + row[:, None] * blocks + block[None, :], mask=there, other=0.0)
-        found = (tl.max(tl.abs(scale), axis=1).to(tl.int32, bitcast=True) >> 23) & 0xFF
-        exponents = tl.minimum(tl.maximum(267 - found, 1), 253)  # and the inverse is a normal number
-        tl.store(row_powers + row, (exponents << 23).to(tl.float32, bitcast=True), mask=row < rows)
+        row = begin_next_launch(row)
+    start = x + row.to(tl.int64) * cols
+    target = ordered + row.to(tl.int64) * cols
+    column = tl.arange(0, COLUMNS)
+    inside = tl.zeros([COLUMNS], dtype=tl.int32) + row < m
+    value = tl.load(start + column, mask=(column < cols) & inside, other=0.0).to(tl.float32)
+    largest = tl.abs(value)
+    if not ONCE:
+        for first in range(COLUMNS, cols, COLUMNS):
+            more = tl.load(start + first + column, mask=(first + column < cols) & inside, other=0.0)
+            largest = tl.maximum(largest, tl.abs(more.to(tl.float32)))
+    exponent = (tl.max(largest, axis=0).to(tl.int32, bitcast=True) >> 23) & 0xFF
+    exponent = tl.minimum(tl.maximum(exponent, 5), 254)
+    factor = ((256 - exponent) << 23).to(tl.float32, bitcast=True)
+    if ONCE:
+        tl.store(target + column, ordered_turns(value * factor, COLUMNS), mask=column < cols)
     else:
-        start = x + program.to(tl.int64) * cols
-        target = ordered + program.to(tl.int64) * cols
-        column = tl.arange(0, COLUMNS)
-        inside = tl.zeros([COLUMNS], dtype=tl.int32) + program < m
-        value = tl.load(start + column, mask=(column < cols) & inside, other=0.0).to(tl.float32)
-        largest = tl.abs(value)
-        if not ONCE:
-            for first in range(COLUMNS, cols, COLUMNS):
-                more = tl.load(start + first + column, mask=(first + column < cols) & inside, other=0.0)
-                largest = tl.maximum(largest, tl.abs(more.to(tl.float32)))
-        exponent = (tl.max(largest, axis=0).to(tl.int32, bitcast=True) >> 23) & 0xFF
-        exponent = tl.minimum(tl.maximum(exponent, 5), 254)
-        factor = ((256 - exponent) << 23).to(tl.float32, bitcast=True)
-        if ONCE:
-            tl.store(target + column, ordered_turns(value * factor, COLUMNS), mask=column < cols)
-        else:
-            for first in range(0, cols, COLUMNS):
-                place = first + column
-                value = tl.load(start + place, mask=(place < cols) & inside, other=0.0).to(tl.float32)
-                tl.store(target + place, ordered_turns(value * factor, COLUMNS), mask=place < cols)
-        power = ((exponent - 2) << 23).to(tl.float32, bitcast=True)
-        tl.store(powers + program, power, mask=program < m)
+        for first in range(0, cols, COLUMNS):
+            place = first + column
+            value = tl.load(start + place, mask=(place < cols) & inside, other=0.0).to(tl.float32)
+            tl.store(target + place, ordered_turns(value * factor, COLUMNS), mask=place < cols)
+    power = ((exponent - 2) << 23).to(tl.float32, bitcast=True)
+    tl.store(powers + row, power, mask=row < m)
 
 
 @triton.jit

@@ -7,30 +7,19 @@ from functools import partial
 from tuckaway_kernels.launching import Launch
 from tuckaway_kernels.selection import Choice
 
-_SCALES_A_PROGRAM = 4096
 _ROW_TILE = 8192
 
 
-def order_turns(choice: Choice, m: int, rows: int, cols: int, blocksize: int, overlap: bool) -> Launch:
-    """Return the launch that puts x in order and finds the powers of two of its rows and of those of the matrix."""
+def order_turns(choice: Choice, m: int, cols: int, overlap: bool) -> Launch:
+    """Return the launch that puts x in order, its rows' powers of two taken out."""
     from tuckaway_kernels.linear_4bit.wgmma import order_turns_kernel
 
-    padded, blocks = -(-m // choice.tile_m) * choice.tile_m, cols // blocksize
     columns = min(1 << (cols - 1).bit_length(), _ROW_TILE)
-    wide = 1 << (blocks - 1).bit_length()
-    high = max(_SCALES_A_PROGRAM // wide, 1)
-    constants = {
-        "COLUMNS": columns,
-        "ONCE": cols <= columns,
-        "ROWS": high,
-        "BLOCKS": wide,
-        "OVERLAP": overlap,
-    }
     return Launch(
         order_turns_kernel,
-        (padded + -(-rows // high), 1, 1),
-        (m, padded, cols, rows, blocks),
-        constants,
+        (-(-m // choice.tile_m) * choice.tile_m, 1, 1),
+        (m, cols),
+        {"COLUMNS": columns, "ONCE": cols <= columns, "OVERLAP": overlap},
         warps=8 if columns >= 4096 else 4,
         aligned=True,
     )
@@ -58,7 +47,7 @@ def wgmma(
         (m, rows, cols, -(-(cols // COLUMNS) // choice.split)),
         constants,
         warps=choice.warps,
-        words=(3,),
+        words=(2,),
         aligned=True,
         overlap=overlap,
         describe=partial(describe_x, choice.tile_m),

@@ -18,25 +18,22 @@ MODULE = "tuckaway_kernels.linear_4bit.wgmma_launch"
 def order(interpret: Callable[..., Any]) -> Callable[..., tuple[torch.Tensor, ...]]:
     interpret("kernels.ptx", "install")
 
-    def call(x: torch.Tensor, scales: torch.Tensor, tile_m: int = 64) -> tuple[torch.Tensor, ...]:
-        """Return x in order, the powers of its rows and those of the matrix."""
-        (m, cols), (rows, blocks) = x.shape, scales.shape
-        padded = -(-m // tile_m) * tile_m
-        ordered = torch.full((padded, cols), torch.nan, dtype=torch.float16)
-        powers, row_powers = torch.full((m,), torch.nan), torch.full((rows,), torch.nan)
-        choice = Choice("wgmma", 64, 4, tile_m, stages=4)
-        interpret_order = (choice, m, rows, cols, cols // blocks, x, ordered, powers, scales, row_powers)
-        found = interpret("kernels.linear_4bit.test_wgmma", "run_order", *interpret_order)
-        return found[1], found[2], found[4]
+    def call(x: torch.Tensor, tile_m: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x in order, and the powers of its rows."""
+        m, cols = x.shape
+        ordered = torch.full((-(-m // tile_m) * tile_m, cols), torch.nan, dtype=torch.float16)
+        choice, powers = Choice("wgmma", 64, 4, tile_m, stages=4), torch.full((m,), torch.nan)
+        found = interpret("kernels.linear_4bit.test_wgmma", "run_order", choice, m, cols, x, ordered, powers)
+        return found[1], found[2]
 
     return call
 
 
-def run_order(choice: Choice, m: int, rows: int, cols: int, blocksize: int, *tensors: torch.Tensor) -> None:
+def run_order(choice: Choice, m: int, cols: int, *tensors: torch.Tensor) -> None:
     """Run in the process that interprets kernels."""
     from tuckaway_kernels.linear_4bit.wgmma_launch import order_turns
 
-    order_turns(choice, m, rows, cols, blocksize, overlap=False)(*tensors)
+    order_turns(choice, m, cols, overlap=False)(*tensors)
 
 
 def fragments(weights: torch.Tensor) -> torch.Tensor:
@@ -59,7 +56,7 @@ def fragments(weights: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("m", "cols"), [(3, 128), (5, 640), (2, 8192 + 384)])
 def test_x_is_in_the_order_of_the_weights(order: Callable[..., Any], m: int, cols: int) -> None:
     x, weights = torch.randn(m, cols).bfloat16(), torch.randn(4, cols, dtype=torch.float64)
-    ordered, powers, _ = order(x, torch.ones(4, cols // 64))
+    ordered, powers = order(x)
     assert not ordered[m:].any()
     assert not ordered.isnan().any()
     turned = torch.cat([fragments(turn) for turn in weights.split(128, 1)], 1)
@@ -77,18 +74,12 @@ def test_a_lane_multiplies_the_columns_it_has() -> None:
 def test_rows_are_brought_to_where_fp16_is_exact(order: Callable[..., Any]) -> None:
     x = torch.ones(6, 128)
     x[0], x[1, 0], x[2], x[3], x[4, 5] = 0, 6e4, 1e-30, -7.0, 3e38
-    scales = torch.tensor([[1.0, 0.3], [0.0, 0.0], [3e-9, 2e-38], [5e5, 1.0], [3e38, 1.0], [1e-45, 0.0]])
-    ordered, powers, row_powers = order(x, scales)
+    ordered, powers = order(x)
     largest = ordered[:6].float().abs().amax(1)
     assert largest[0] == 0
     assert ((largest[1:] >= 4) & (largest[1:] < 8)).all()
     assert torch.equal(powers.log2(), powers.log2().round())
     assert (ordered[3].float() * powers[3] == -7).all()
-    scaled = scales.amax(1) * row_powers
-    assert ((scaled[[0, 2, 3, 4]] >= 2**13) & (scaled[[0, 2, 3, 4]] < 2**14)).all()
-    assert scaled[[1, 5]].max() < 2**14
-    assert ((1 / row_powers) * row_powers == 1).all()  # the inverse is a normal number
-    assert (1 / row_powers).min() >= torch.finfo(torch.float32).tiny
 
 
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
@@ -101,15 +92,8 @@ def test_the_launch_before_it_compiles(once: bool) -> None:
 
     from tuckaway_kernels.linear_4bit.wgmma import order_turns_kernel
 
-    signature = {
-        "x": "*bf16",
-        "ordered": "*fp16",
-        "powers": "*fp32",
-        "scales": "*fp32",
-        "row_powers": "*fp32",
-    }
-    signature |= dict.fromkeys(("m", "padded", "cols", "rows", "blocks"), "i32")
-    fixed = {"COLUMNS": 8192, "ONCE": once, "ROWS": 32, "BLOCKS": 128, "OVERLAP": True}
+    signature = {"x": "*bf16", "ordered": "*fp16", "powers": "*fp32", "m": "i32", "cols": "i32"}
+    fixed = {"COLUMNS": 8192, "ONCE": once, "OVERLAP": True}
     source = ASTSource(order_turns_kernel, signature | dict.fromkeys(fixed, "constexpr"), constexprs=fixed)
     compiled = compile_kernel(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
     assert "griddepcontrol.launch_dependents" in compiled.asm["ptx"]
@@ -126,7 +110,7 @@ def test_it_compiles_for_hopper_and_keeps_to_the_registers(constants: tuple[int,
     from tuckaway_kernels.linear_4bit.wgmma import TILE, wgmma_kernel
 
     warps, tile_m, split, fp4 = constants
-    pointers = {"powers": "*fp32", "row_powers": "*fp32", "codes": "*i32", "scales": "*fp32", "bias": "*bf16"}
+    pointers = {"powers": "*fp32", "codes": "*i32", "scales": "*fp32", "bias": "*bf16"}
     pointers["out"] = "*bf16" if split == 1 else "*fp32"
     signature = {"x": f"tensordesc<fp16{[tile_m, 64]},{TILE!r}>", **pointers}
     signature |= dict.fromkeys(("m", "rows", "cols", "share"), "i32")
