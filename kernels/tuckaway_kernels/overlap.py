@@ -1,6 +1,10 @@
 """Launches that begin before those in front of them have ended (programmatic dependent launch), on NVIDIA GPUs.
 
 A kernel launched so waits itself, where it first reads what is not settled; `launching.Launch` has it as ``overlap``.
+
+Two rules keep this right whatever lies in front. A kernel that may be the first of an op reads nothing at all before it
+has waited: its weights, too, may have just been written. And it lets the next launch begin only after that, so that one
+which follows in the same op may read at once all that is older than the op.
 """
 # mypy: ignore-errors
 

@@ -142,7 +142,7 @@ def test_4bit_of_many_rows_in_every_format(m: int, format: str, blocksize: int) 
 
 @pytest.mark.parametrize("m", [64, 512])
 def test_4bit_of_many_rows_where_rows_of_the_matrix_differ_widely(m: int) -> None:
-    """A row's result is as near as its own weights are exact, whatever the largest of the matrix are."""
+    """A result is as near as its own row of weights and row of x allow, whatever the largest of the others are."""
     rows, cols = 512, 1024
     sizes = 10.0 ** torch.linspace(-30, 20, rows, device=gpu())[:, None]
     codes, absmax = OPS.quantize_4bit(torch.randn(rows, cols, device=gpu()) * sizes, "nf4", 64)
@@ -153,10 +153,9 @@ def test_4bit_of_many_rows_where_rows_of_the_matrix_differ_widely(m: int) -> Non
     weight = OPS.dequantize_4bit(codes, absmax, "nf4", 64, (rows, cols), torch.float32).double()
     exact = x.double() @ weight.t()
     assert not result[:, 7].any()
-    errors = (result.double() - exact).norm(dim=0) / exact.norm(dim=0)
-    by_input = (result.double() - exact).norm(dim=1) / exact.norm(dim=1)
-    assert errors[torch.arange(rows, device=gpu()) != 7].max() < 5e-3
-    assert by_input.max() < 5e-3
+    # half a unit in the last of bf16's 8 bits, and what codes in fp16 make of a sum of random signs
+    own = x.double().norm(dim=1)[:, None] * weight.norm(dim=1)[None, :]
+    assert ((result.double() - exact).abs() <= exact.abs() * 2.0**-8 + own * 2e-3).all()
 
 
 @pytest.mark.parametrize("m", [1, 64])

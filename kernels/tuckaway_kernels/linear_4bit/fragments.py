@@ -318,7 +318,7 @@ def order_rows_kernel(
     row = tl.program_id(0)
     column = tl.arange(0, COLUMNS)
     if OVERLAP:
-        column = begin_next_launch(column)
+        row = begin_next_launch(after_launch_before(row))
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, cols)
     start = x + row.to(tl.int64) * cols

@@ -118,7 +118,7 @@ def plan_of(
     target = OUT if choice.split == 1 else room(choice.split, m, rows)
     settled = CODES, *scales, DYNAMIC, BIAS
     if choice.kernel == "gemv":
-        multiply = _gemv(choice, rows, cols, format, blocksize, nested, bias, bf16)
+        multiply = _gemv(choice, rows, cols, format, blocksize, nested, bias, bf16, overlap)
         steps.append((multiply, (X, *settled, target)))
     elif choice.kernel == "wgmma":
         ordered = room(-(-m // choice.tile_m) * choice.tile_m, cols, dtype=torch.float16)
@@ -140,7 +140,15 @@ def plan_of(
 
 
 def _gemv(
-    choice: Choice, rows: int, cols: int, format: str, blocksize: int, nested: bool, bias: bool, bf16: bool
+    choice: Choice,
+    rows: int,
+    cols: int,
+    format: str,
+    blocksize: int,
+    nested: bool,
+    bias: bool,
+    bf16: bool,
+    overlap: bool,
 ) -> Launch:
     from tuckaway_kernels.linear_4bit.kernel import gemv_kernel
 
@@ -159,6 +167,7 @@ def _gemv(
         # fp16 results show the error of fp16 sums of 16 terms: theirs are of 8
         "CHAINS": 1 if bf16 else 2,
         "ONCE": min(part, cols // 32) <= halves,
+        "OVERLAP": overlap,
     }
     groups = rows // choice.tile_rows
     return Launch(
@@ -169,6 +178,7 @@ def _gemv(
         warps=choice.warps,
         words=(0, 1),
         aligned=True,
+        overlap=overlap,
     )
 
 
@@ -190,6 +200,7 @@ def _order(choice: Choice, m: int, cols: int, overlap: bool) -> Launch:
         {"COLUMNS": columns, "ONCE": share <= columns, "OVERLAP": overlap},
         warps=8 if columns >= 4096 else 4,
         aligned=True,
+        overlap=overlap,
     )
 
 

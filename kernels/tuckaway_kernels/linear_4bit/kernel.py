@@ -22,7 +22,7 @@ from tuckaway_kernels.linear_4bit.decode import (
     sum_of_pair,
 )
 from tuckaway_kernels.linear_4bit.table import add_looked_up, fill_table
-from tuckaway_kernels.overlap import after_launch_before
+from tuckaway_kernels.overlap import after_launch_before, begin_next_launch
 
 
 @triton.jit
@@ -254,6 +254,7 @@ def gemv_kernel(
     FP4: tl.constexpr,
     CHAINS: tl.constexpr,
     ONCE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """x [M, cols] as int32 of two values; codes as int32 of eight; out [M, rows], fp32 [SPLIT, M, rows] if SPLIT > 1.
 
@@ -265,8 +266,14 @@ def gemv_kernel(
     PER_BLOCK: tl.constexpr = BLOCKSIZE // 32
     halves = cols // 32
     begin = tl.program_id(1) * split_halves
-    end = tl.minimum(begin + split_halves, halves)
     group = tl.program_id(0)
+    if OVERLAP:
+        # nothing is read before: every address depends on these
+        settled = begin_next_launch(after_launch_before(group))
+        offset += settled - group
+        begin += settled - group
+        group = settled
+    end = tl.minimum(begin + split_halves, halves)
     run = group.to(tl.int64) * ROWS * halves + begin
     stride = tl.num_programs(0).to(tl.int64) * ROWS * halves
     zero = tl.zeros([HALVES], dtype=tl.float32)
@@ -351,7 +358,7 @@ def combine_kernel(
     """partial fp32 [SPLIT, n], n = m * rows -> out [n]: their sum in order, plus bias [rows]."""
     place = tl.program_id(0) * TILE + tl.arange(0, TILE)
     if OVERLAP:
-        place = after_launch_before(place)
+        place = begin_next_launch(after_launch_before(place))
     mask = place < n
     total = tl.load(partial + place, mask=mask, other=0.0)
     for i in tl.static_range(1, SPLIT):

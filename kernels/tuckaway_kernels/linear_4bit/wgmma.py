@@ -35,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tuckaway_kernels.linear_4bit.decode import REGISTERS, decode_word, table_registers
-from tuckaway_kernels.overlap import begin_next_launch
+from tuckaway_kernels.overlap import after_launch_before, begin_next_launch
 
 COLUMNS = 128
 """Columns of a turn."""
@@ -208,7 +208,12 @@ def wgmma_kernel(
         mbarrier.init(bars.index(i), count=1)
     if OVERLAP:
         first_x = gl.inline_asm_elementwise(
-            "griddepcontrol.wait; mov.u32 $0, $1;", "=r,r", [first_x], dtype=gl.int32, is_pure=False, pack=1
+            "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.u32 $0, $1;",
+            "=r,r",
+            [first_x],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
         )
     for i in gl.static_range(STAGES - 1):
         bring(x, ring, bars, i, first_x, begin * 128 + i * 64, M)
@@ -274,7 +279,7 @@ def order_turns_kernel(
     """
     row = tl.program_id(0)
     if OVERLAP:
-        row = begin_next_launch(row)
+        row = begin_next_launch(after_launch_before(row))
     start = x + row.to(tl.int64) * cols
     target = ordered + row.to(tl.int64) * cols
     column = tl.arange(0, COLUMNS)

@@ -22,6 +22,7 @@ def order_turns(choice: Choice, m: int, cols: int, overlap: bool) -> Launch:
         {"COLUMNS": columns, "ONCE": cols <= columns, "OVERLAP": overlap},
         warps=8 if columns >= 4096 else 4,
         aligned=True,
+        overlap=overlap,
     )
 
 
