@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tuckaway_kernels.linear_4bit.kernel import load_scale
+from tuckaway_kernels.linear_4bit.kernel import load_offset, load_scale
 
 
 @triton.jit
@@ -110,6 +110,7 @@ def grouped_kernel(
     to the dtype of x, products are added in fp32. EXPERTS: a power of two above ``experts``.
     """
     group, first, last = group_of_program(offs, t, experts, TILE, EXPERTS)
+    offset = load_offset(offset, NESTED)
     if first < last:
         row = first + tl.arange(0, TILE)
         row_mask = row < last

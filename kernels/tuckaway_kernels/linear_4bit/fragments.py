@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tuckaway_kernels.linear_4bit.kernel import load_scale, rows_together
+from tuckaway_kernels.linear_4bit.kernel import load_offset, load_scale, rows_together
 from tuckaway_kernels.linear_4bit.table import fill_table, look_up
 from tuckaway_kernels.overlap import after_launch_before, begin_next_launch
 
@@ -203,6 +203,7 @@ def fragment_kernel(
     for _ in tl.static_range(2 * TILES * ROWS):
         sums = sums + (zero,)
     block = (begin * DEEP + deep) * BLOCKS
+    offset = load_offset(offset, NESTED)
     words, factors = load_codes(
         codes,
         scales,

@@ -142,8 +142,12 @@ def row_powers(start, begin, end, WARPS: gl.constexpr):
 
 @gluon.jit
 def bring(x, ring, bars, place, first_x, column, M: gl.constexpr):
-    """Start the copy of x [M, 64] from this column on to a place of the ring; columns past the end are zeros."""
+    """Start the copy of x [M, 64] from this column on to a place of the ring that all warps have multiplied.
+
+    Columns past the end are zeros.
+    """
     mbarrier.expect(bars.index(place), M * 128)
+    _barrier()
     _bulk_copy(x, [first_x, column], bars.index(place), ring.index(place))
 
 
@@ -195,7 +199,8 @@ def wgmma_kernel(
     begin = part * share
     end = gl.minimum(begin + share, cols // 128)
     row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, TURN))
-    at = codes + row[:, None].to(gl.int64) * (cols // 8) + gl.arange(0, 16, gl.SliceLayout(0, TURN))[None, :]
+    stride = gl.multiple_of(cols // 8, 16)  # so that Triton loads a lane's four words at once
+    at = codes + row[:, None].to(gl.int64) * stride + gl.arange(0, 16, gl.SliceLayout(0, TURN))[None, :]
     scale_row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SCALES))
     scale_start = scales + scale_row.to(gl.int64) * (cols // BLOCKSIZE)
     lane_column = gl.arange(0, 4, gl.SliceLayout(0, SCALES))[None, :] * 32
@@ -232,7 +237,6 @@ def wgmma_kernel(
         next_words = gl.load(at + next_turn * 16)
         next_scale = gl.load(scale_start[:, None] + (next_turn * 128 + lane_column) // BLOCKSIZE)
         total, held = warpgroup_mma_wait(1, deps=(token, held))
-        _barrier()  # all warps have multiplied what lay there
         bring(x, ring, bars, behind, first_x, turn * 128 + (STAGES - 1) * 64, M)
         right = decode_step(second, scale * power[:, None], ROWS, FP4, WORDS, A)
         behind = stage
@@ -242,7 +246,6 @@ def wgmma_kernel(
         first, second = steps_of(next_words, ROWS, WORDS)
         scale = next_scale
         total, left = warpgroup_mma_wait(1, deps=(token, left))
-        _barrier()
         bring(x, ring, bars, behind, first_x, turn * 128 + STAGES * 64, M)
         left = decode_step(first, scale * power[:, None], ROWS, FP4, WORDS, A)
         held = right
