@@ -14,34 +14,13 @@ from typing import Final
 
 import torch
 
-PIECE_BYTES: Final = {"cpu": 16 << 20}
-"""Decoded weights held at once, by type of device; on the CPU little, because a product may copy them once more."""
-
-DEFAULT_PIECE_BYTES: Final = 64 << 20
-"""On GPUs: 8192 x 4096 bf16 weights keep every multiprocessor of an H100 busy in the product."""
-
-AHEAD_ROWS: Final = 1024
-"""Rows of x from which pieces are decoded while the one before is multiplied."""
-
-CACHED_PIECE_BYTES: Final = 32 << 20
-"""As much as an H100's second-level cache holds until it is multiplied: 8192x8192, 4,096 rows of x: 767 to 746 us."""
-
-CACHED_ROWS: Final = 2048
-"""Rows of x with which even so small a piece keeps every multiprocessor busy; with 1,024 it is 8 us slower."""
+from tuckaway_kernels.piece_sizes import AHEAD_TERMS, rows_of_pieces
 
 CPU_TEMPORARY_BYTES: Final = 12 << 20
 """Of ``x`` cast to the dtype of the product, and the result before it is cast back, on a CPU."""
 
 Decode = Callable[[int, int, torch.Tensor], torch.Tensor]
 """``decode(first, last, buffer)`` decodes rows first to last - 1 into the flat buffer: ``[last - first, cols]``."""
-
-
-def rows_at_once(cols: int, dtype: torch.dtype, device: torch.device, unit: int = 1, m: int = 1) -> int:
-    """Return how many rows a piece has for ``m`` rows of x: at least one, a multiple of ``unit`` where it can be."""
-    many = CACHED_PIECE_BYTES if m >= CACHED_ROWS else DEFAULT_PIECE_BYTES
-    limit = PIECE_BYTES.get(device.type, many)
-    rows = max(limit // (dtype.itemsize * max(cols, 1)), 1)
-    return rows - rows % unit if rows >= unit else rows
 
 
 def product_by_pieces(
@@ -87,7 +66,7 @@ def product_by_pieces(
     cpu = x.device.type == "cpu"
     # the fp16 product of a CPU is twenty times slower than fp32's: same weights, rounded to fp16, multiplied in fp32
     work = torch.float32 if cpu and compute_dtype == torch.float16 else compute_dtype
-    step = min(rows_at_once(cols, work, x.device, unit, flat.shape[0]), rows)
+    step = rows_of_pieces(rows, cols, work, x.device, unit, flat.shape[0])
     buffer = torch.empty(step * cols + spare, dtype=compute_dtype, device=x.device)
     added = None if bias is None else bias.to(compute_dtype).to(work)
     pieces = _Pieces(decode, rows, step, buffer, work)
@@ -123,7 +102,8 @@ def _transposed(x: torch.Tensor, added: torch.Tensor | None, pieces: _Pieces) ->
     if weights is not None:
         return x @ weights.t() if added is None else torch.addmm(added, x, weights.t())
     result = torch.empty((x.shape[0], pieces.rows), dtype=x.dtype, device=x.device)
-    decoded = decoded_ahead if x.device.type == "cuda" and x.shape[0] >= AHEAD_ROWS else decoded_each
+    ahead = x.device.type == "cuda" and x.numel() * pieces.rows >= AHEAD_TERMS
+    decoded = decoded_ahead if ahead else decoded_each
     for first, last, weights in decoded(pieces.decode, pieces.rows, pieces.step, pieces.buffer):
         part = result[:, first:last]
         if added is None:

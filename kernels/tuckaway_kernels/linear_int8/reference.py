@@ -20,7 +20,8 @@ from typing import Final
 import torch
 
 from tuckaway_kernels.codebooks import check_dtype, check_storage
-from tuckaway_kernels.pieces import Decode, check_product, product_by_pieces, rows_at_once
+from tuckaway_kernels.piece_sizes import rows_at_once
+from tuckaway_kernels.pieces import Decode, check_product, product_by_pieces
 from tuckaway_kernels.reciprocal import reciprocal
 
 INVERSE_127_SQUARED: Final = 6.200012e-05

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tuckaway_kernels
-import tuckaway_kernels.pieces as pieces
+import tuckaway_kernels.piece_sizes as piece_sizes
 from golden import DTYPES
 from tuckaway_kernels.linear_4bit.reference import linear_4bit
 
@@ -94,7 +94,7 @@ def test_takes_the_matrix_in_pieces(
     rows = 50
     parts = quantized(rows, cols, "nf4", blocksize, False)
     x, bias = torch.randn(4, cols if transpose else rows).to(dtype), torch.randn(rows if transpose else cols)
-    monkeypatch.setitem(pieces.PIECE_BYTES, "cpu", 3000)
+    monkeypatch.setitem(piece_sizes.PIECE_BYTES, "cpu", 3000)
     result = ops.linear_4bit(x, *parts, bias, "nf4", blocksize, rows, cols, transpose, dtype)
     weight = decoded(parts, "nf4", blocksize, rows, cols, dtype).double()
     exact = x.double() @ (weight.t() if transpose else weight) + bias.to(dtype).double()

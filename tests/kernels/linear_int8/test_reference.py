@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tuckaway_kernels
-import tuckaway_kernels.pieces as pieces
+import tuckaway_kernels.piece_sizes as piece_sizes
 from golden import DTYPES, golden, values
 from tuckaway_kernels.linear_int8.reference import integer_product, linear_int8
 
@@ -57,7 +57,7 @@ def test_without_threshold_is_the_product_with_the_decoded_matrix(
     transpose: bool,
     dtype: torch.dtype,
 ) -> None:
-    monkeypatch.setitem(pieces.PIECE_BYTES, "cpu", piece)
+    monkeypatch.setitem(piece_sizes.PIECE_BYTES, "cpu", piece)
     codes, absmax = quantized(rows, cols)
     inner, outer = (cols, rows) if transpose else (rows, cols)
     x, bias = torch.randn(*lead, inner).to(dtype), torch.randn(outer).to(dtype)
