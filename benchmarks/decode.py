@@ -49,6 +49,8 @@ def empty_model(layers: int, sizes: dict[str, int]) -> Any:
         **sizes, num_hidden_layers=layers, num_key_value_heads=sizes["num_attention_heads"], use_cache=True
     )
     config._attn_implementation = "sdpa"
+    # cuDNN's attention does not give the same bits twice (of torch 2.11 on an H100), the others do
+    torch.backends.cuda.enable_cudnn_sdp(False)
     with tuckaway.init_empty_weights():
         return LlamaForCausalLM(config).eval()
 

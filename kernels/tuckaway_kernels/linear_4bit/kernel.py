@@ -141,8 +141,6 @@ def load_rows(
     codes,
     scales,
     nested,
-    offset,
-    dynamic,
     start,
     mask,
     halves,
@@ -151,20 +149,40 @@ def load_rows(
     PER_BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
 ):
-    """Words [HALVES * 4] and scales [HALVES] of ROWS rows, ``halves`` runs of 32 weights apart, from ``start`` on."""
+    """Load words [HALVES * 4] of ROWS rows, ``halves`` runs of 32 weights apart, from ``start`` on, and for `scales_of`.
+
+    Nested scales are not looked up yet: that would wait for their codes.
+    """
     word = tl.arange(0, HALVES * 4)
     half = tl.arange(0, HALVES)
     words = ()
-    factors = ()
+    first = ()
+    second = ()
     for r in tl.static_range(ROWS):
         at = start + r * halves
         words = words + (
             tl.load(codes + at * 4 + word, mask=word // 4 < mask, other=0, eviction_policy="evict_first"),
         )
-        factors = factors + (
-            load_scale(scales, nested, offset, dynamic, (at + half) // PER_BLOCK, half < mask, NESTED),
-        )
-    return words, factors
+        block = (at + half) // PER_BLOCK
+        if NESTED:
+            first = first + (tl.load(scales + block, mask=half < mask, other=0).to(tl.int32),)
+            second = second + (tl.load(nested + block // 256, mask=half < mask, other=0.0),)
+        else:
+            scale = tl.load(scales + block, mask=half < mask, other=0.0)
+            first = first + (scale,)
+            second = second + (scale,)
+    return words, first, second
+
+
+@triton.jit
+def scales_of(first, second, offset, dynamic, ROWS: tl.constexpr, NESTED: tl.constexpr):
+    """Scales fp32 [HALVES] of ROWS rows from what `load_rows` gave."""
+    scales = first
+    if NESTED:
+        scales = ()
+        for r in tl.static_range(ROWS):
+            scales = scales + (tl.load(dynamic + first[r]) * second[r] + offset,)
+    return scales
 
 
 @triton.jit
@@ -276,7 +294,9 @@ def gemv_kernel(
     group = tl.program_id(0)
     if OVERLAP:
         # nothing is read before: every address depends on these
-        settled = begin_next_launch(after_launch_before(group))
+        settled = after_launch_before(group)
+        if OVERLAP == 1:
+            settled = begin_next_launch(settled)
         offset += settled - group
         begin += settled - group
         group = settled
@@ -289,63 +309,43 @@ def gemv_kernel(
     for _ in tl.static_range(M * ROWS):
         zeros = zeros + (zero,)
     if ONCE:
-        words, factors = load_rows(
-            codes,
-            scales,
-            nested,
-            offset,
-            dynamic,
-            run,
-            end - begin,
-            halves,
-            ROWS,
-            HALVES,
-            PER_BLOCK,
-            NESTED,
+        words, first, second = load_rows(
+            codes, scales, nested, run, end - begin, halves, ROWS, HALVES, PER_BLOCK, NESTED
         )
         a, b, c, d, backs = all_x(x, begin, end, cols, M, HALVES, BF16)
         lane = fill_table(HALVES, FP4)
         for now in tl.range(group, rows // ROWS, tl.num_programs(0), num_stages=1):
+            factors = scales_of(first, second, offset, dynamic, ROWS, NESTED)
             following = now + tl.num_programs(0)
             left = tl.where(following < rows // ROWS, end - begin, 0)
-            next_words, next_factors = load_rows(
-                codes,
-                scales,
-                nested,
-                offset,
-                dynamic,
-                run + stride,
-                left,
-                halves,
-                ROWS,
-                HALVES,
-                PER_BLOCK,
-                NESTED,
+            next_words, first, second = load_rows(
+                codes, scales, nested, run + stride, left, halves, ROWS, HALVES, PER_BLOCK, NESTED
             )
             totals = add_rows(words, factors, a, b, c, d, backs, lane, zeros, ROWS, HALVES, M, CHAINS)
             store_rows(totals, bias, out, now * ROWS, rows, ROWS, HALVES, M, BIAS and SPLIT == 1)
-            words, factors = next_words, next_factors
+            words = next_words
             run += stride
+        if OVERLAP == 3:
+            group = begin_next_launch(group)
     else:
         lane = fill_table(HALVES, FP4)
         for now in tl.range(group, rows // ROWS, tl.num_programs(0), num_stages=1):
             totals = zeros
-            for first in tl.range(begin, end, HALVES, num_stages=1):
-                words, factors = load_rows(
+            for at in tl.range(begin, end, HALVES, num_stages=1):
+                words, first, second = load_rows(
                     codes,
                     scales,
                     nested,
-                    offset,
-                    dynamic,
-                    run + (first - begin),
-                    end - first,
+                    run + (at - begin),
+                    end - at,
                     halves,
                     ROWS,
                     HALVES,
                     PER_BLOCK,
                     NESTED,
                 )
-                a, b, c, d, backs = all_x(x, first, end, cols, M, HALVES, BF16)
+                factors = scales_of(first, second, offset, dynamic, ROWS, NESTED)
+                a, b, c, d, backs = all_x(x, at, end, cols, M, HALVES, BF16)
                 totals = add_rows(words, factors, a, b, c, d, backs, lane, totals, ROWS, HALVES, M, CHAINS)
             store_rows(totals, bias, out, now * ROWS, rows, ROWS, HALVES, M, BIAS and SPLIT == 1)
             run += stride
