@@ -127,8 +127,8 @@ def choose_4bit(
     while rows % tile_rows:
         tile_rows //= 2
     # a thread takes 32 columns: as many threads as take a whole row, whose x then stays in registers
-    warps = min(1 << max((cols - 1).bit_length() - 10, 0), 8)
-    programs = entry.get("programs") or (16 // warps if m == 1 else 8 // warps) * processors(device)
+    warps = min(1 << max((cols - 1).bit_length() - 10, 0), 16)
+    programs = entry.get("programs") or max((16 if m == 1 else 8) // warps, 1) * processors(device)
     return Choice("gemv", tile_rows, warps, m, programs=programs)
 
 
