@@ -81,7 +81,7 @@ def test_paging(tmp_path: Path) -> None:
     for layers in ("resident", "ram", "disk, warm, 2 slots", "disk, warm, 4 slots", "half in ram, 2 slots"):
         assert ("nf4", layers, "step, captured") in found
         assert ("nf4", layers, "step, eager") in found
-    assert {("nf4", "ram", "prompt of 64"), ("nf4", "disk, cold", "step, captured")} <= found
+    assert {("nf4", "ram", "prompt of 64, eager"), ("nf4", "disk, cold", "step, captured")} <= found
     assert ("bf16", "ram", "step, eager") in found
     assert ("int8", "gpt2-xl, the guide's map", "step, captured") in found
     assert ("accelerate, bf16", "ram", "step, eager") in found
