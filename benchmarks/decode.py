@@ -209,8 +209,11 @@ def layers_compiled(model: Any) -> Iterator[None]:
 class Bench:
     """One model and its figures."""
 
-    def __init__(self, journal: Journal, name: str, model: Any, device: torch.device) -> None:
+    def __init__(
+        self, journal: Journal, name: str, model: Any, device: torch.device, seconds: float = 1.5
+    ) -> None:
         self.journal, self.name, self.model, self.device = journal, name, model, device
+        self.seconds = seconds
         self.step = Step(model, device)
         self.eager = after_steps(self.step, self.step, None)
         with repeatable_attention():
@@ -245,7 +248,7 @@ class Bench:
             found = after_steps(self.step, *self._graph())
         if not torch.equal(found, self.expected):
             return {"wrong": True, "error": self._error(found)}
-        return {"tokens_s": rate(self.step, self._graph()[0])}
+        return {"tokens_s": rate(self.step, self._graph()[0], self.seconds)}
 
     def compiled(self, compiling: Callable[[Any], Any]) -> dict[str, Any]:
         """Capture the step as ``compiling`` changes it, compare the logits, time it."""
@@ -257,7 +260,7 @@ class Bench:
             row["error_uncompiled"] = self._error(self.eager)
             if not row["error"] < 1.2 * row["error_uncompiled"]:  # bf16 is rounded in other places
                 return row | {"wrong": True}
-            return row | {"tokens_s": rate(self.step, call)}
+            return row | {"tokens_s": rate(self.step, call, self.seconds)}
 
     def _graph(self) -> tuple[Callable[[], Any], torch.Tensor | None]:
         if self.device.type != "cuda":
@@ -272,7 +275,7 @@ class Bench:
         """Measure the captured step, transformers' own loop, and the eager step."""
         self.case("step, captured", self.captured, 10.0)
         self.case("generate, eager", lambda: generate_rate(self.model, self.device), 8.0)
-        self.case("step, eager", lambda: {"tokens_s": rate(self.step, self.step, steps=8)}, 3.0)
+        self.case("step, eager", lambda: {"tokens_s": rate(self.step, self.step, self.seconds, steps=8)}, 3.0)
 
     def compiled_cases(self) -> None:
         """Measure the captured step with more and less of it compiled."""
@@ -312,6 +315,10 @@ def bitsandbytes_model(ours: Any, layers: int, sizes: dict[str, int], device: to
     return model
 
 
+def _seconds(options: argparse.Namespace) -> tuple[float, ...]:
+    return (0.2,) if options.miniature else ()
+
+
 def quantized_cases(journal: Journal, options: argparse.Namespace, sizes: dict[str, int]) -> None:
     """Measure the quantized model, and bitsandbytes' on its bytes."""
     device, layers = the_device(), options.layers
@@ -324,7 +331,7 @@ def quantized_cases(journal: Journal, options: argparse.Namespace, sizes: dict[s
     ours = empty_model(layers, sizes)
     fill(ours, quantized, device)
     name = options.format + " nested" * (options.format != "int8")
-    bench = Bench(journal, name, ours, device)
+    bench = Bench(journal, name, ours, device, *_seconds(options))
     bench.plain_cases()
 
     def peer() -> dict[str, Any]:
@@ -345,7 +352,7 @@ def bf16_cases(journal: Journal, options: argparse.Namespace, sizes: dict[str, i
         torch.cuda.empty_cache()
     model = empty_model(options.layers, sizes)
     fill(model, lambda name, plain: plain, the_device())
-    Bench(journal, "bf16", model, the_device()).plain_cases()
+    Bench(journal, "bf16", model, the_device(), *_seconds(options)).plain_cases()
 
 
 def main() -> None:

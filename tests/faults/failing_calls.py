@@ -229,6 +229,8 @@ def main() -> None:
     job.prepare()
     job.run()
     job.check(True)  # threads and libraries of a first time
+    gc.collect()
+    gc.freeze()  # what was imported is not gone through again after every call that fails
     refused, tolerated, wrong = 0, 0, []
     failed: dict[str, int] = {}
     for n in range(1, 5000, int(sys.argv[5])):
@@ -266,6 +268,7 @@ def main() -> None:
             problem += f" then {caught!r}"
         if problem:
             wrong.append(f"call {n} ({last}): {problem}")
+    gc.unfreeze()
     print(
         json.dumps(
             {

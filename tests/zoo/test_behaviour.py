@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import tuckaway
-from heavy import count
+from heavy import ALL, count
 from loading import FP32, Net, empty_net, net, tokens
 from tuckaway.errors import MismatchError, PagingError
 from zoo.harness import CONFIGS, one_thread, outputs, with_weights
@@ -185,7 +185,7 @@ def test_compiled_models(name: str) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", OTHERS[:: count(40, 1)])
+@pytest.mark.parametrize("name", OTHERS[:: count(40, 1 if ALL else 3)])
 def test_every_other_model_compiled(name: str) -> None:
     check_compiled(name)
 
