@@ -11,9 +11,9 @@ next step is decoded, and the codes of the next turn are on their way. Weights a
 power of two for each row of S that brings its largest scale to 2**13..2**14 (found by each program for its own columns,
 before x is there); so are the rows of x, to 4..8. One fp32 accumulator does for all columns.
 
-8192x8192 nf4 on an H100, m = 64 / 128 / 512: 39 / 52 / 105 us, by warp-level tensor core instructions
-(`fragments`) 49 / 84 us, by decoding first 152. Without decoding it would be 23 us at m = 64 and 88 at 512, which is
-cuBLAS' rate; with codes that are always in the first-level cache 33 and 97.
+8192x8192 nf4 on an H100, m = 64 / 128 / 512: 39 / 55 / 108 to 111 us; by warp-level tensor core instructions
+(`fragments`) 49 / 84 us, by decoding first 152. With weights decoded once, and wrong, it would be 23 us at m = 64 and
+88 at 512, which is cuBLAS' rate; with codes that are always in the first-level cache 33 and 97.
 
 It is written in Gluon, which Triton's interpreter does not run. ``tests/kernels/linear_4bit/test_wgmma.py`` checks the
 order of weights and x against each other and compiles it; ``tests/gpu`` runs it.
