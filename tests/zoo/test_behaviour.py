@@ -185,7 +185,7 @@ def test_compiled_models(name: str) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", OTHERS[:: count(40, 1 if ALL else 3)])
+@pytest.mark.parametrize("name", OTHERS[:: count(40, 1 if ALL else 5)])
 def test_every_other_model_compiled(name: str) -> None:
     check_compiled(name)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tuckaway
-from heavy import count
+from heavy import ALL, count
 from zoo.entry import Entry
 from zoo.harness import CONFIGS, one_thread, outputs, with_weights
 from zoo.language_models import LANGUAGE
@@ -46,7 +46,7 @@ def test_exported_models(name: str, format: str) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", OTHERS[:: count(40, 1)])
+@pytest.mark.parametrize("name", OTHERS[:: count(40, 1 if ALL else 2)])
 def test_every_other_model_exported(name: str) -> None:
     # reading and writing a program takes as long as making it, and has little to do with the model
     check_exported(ENTRIES[name], "nf4", through_a_file=len(name) % 4 == 0)
