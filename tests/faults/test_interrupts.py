@@ -94,11 +94,13 @@ try:
     goes_on()
     model = None
     gc.collect()
-    for thread in threading.enumerate():  # an interrupt may end the wait for them, not them
-        if thread is not threading.main_thread():
-            thread.join(10)
+    def others():
+        # without one whose start() was interrupted before it ran: Python lists it for ever, and it holds nothing
+        return [t for t in threading.enumerate() if t is not threading.main_thread() and t.ident is not None]
+    for thread in others():  # an interrupt may end the wait for them, not them
+        thread.join(10)
     after = len(os.listdir("/proc/self/fd"))
-    alive = [t.name for t in threading.enumerate() if t is not threading.main_thread()]
+    alive = [t.name for t in others()]
     code = 40
     # one descriptor may be lost: by an interrupt right between open(2) and the assignment of its number
     if after > before + 1 or alive:
