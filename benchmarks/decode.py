@@ -209,9 +209,7 @@ def layers_compiled(model: Any) -> Iterator[None]:
 class Bench:
     """One model and its figures."""
 
-    def __init__(
-        self, journal: Journal, name: str, model: Any, device: torch.device, seconds: float = 1.5
-    ) -> None:
+    def __init__(self, journal: Journal, name: str, model: Any, device: torch.device, seconds: float) -> None:
         self.journal, self.name, self.model, self.device = journal, name, model, device
         self.seconds = seconds
         self.step = Step(model, device)
@@ -315,8 +313,8 @@ def bitsandbytes_model(ours: Any, layers: int, sizes: dict[str, int], device: to
     return model
 
 
-def _seconds(options: argparse.Namespace) -> tuple[float, ...]:
-    return (0.2,) if options.miniature else ()
+def _seconds(options: argparse.Namespace) -> float:
+    return 0.2 if options.miniature else 1.5
 
 
 def quantized_cases(journal: Journal, options: argparse.Namespace, sizes: dict[str, int]) -> None:
@@ -331,7 +329,7 @@ def quantized_cases(journal: Journal, options: argparse.Namespace, sizes: dict[s
     ours = empty_model(layers, sizes)
     fill(ours, quantized, device)
     name = options.format + " nested" * (options.format != "int8")
-    bench = Bench(journal, name, ours, device, *_seconds(options))
+    bench = Bench(journal, name, ours, device, _seconds(options))
     bench.plain_cases()
 
     def peer() -> dict[str, Any]:
@@ -352,7 +350,7 @@ def bf16_cases(journal: Journal, options: argparse.Namespace, sizes: dict[str, i
         torch.cuda.empty_cache()
     model = empty_model(options.layers, sizes)
     fill(model, lambda name, plain: plain, the_device())
-    Bench(journal, "bf16", model, the_device(), *_seconds(options)).plain_cases()
+    Bench(journal, "bf16", model, the_device(), _seconds(options)).plain_cases()
 
 
 def main() -> None:

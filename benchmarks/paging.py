@@ -131,7 +131,12 @@ class Bench:
                     found[f"of_{name}"] = round(speed / self.limits[name], 3)
         return found
 
-    def prompt(self, layers: str, way: str = "eager") -> None:
+    def prompts(self, layers: str) -> None:
+        """Time a prompt in every way that this device has."""
+        for way in ("eager", "captured") if torch.cuda.is_available() else ("eager",):
+            self.prompt(layers, way)
+
+    def prompt(self, layers: str, way: str) -> None:
         """Time a prompt: what of the shorter of copying and computing the longer one hides.
 
         Captured, the host is out of the way: in an eager prompt transformers' Python takes as long as the device.
@@ -259,8 +264,7 @@ def nf4(bench: Bench) -> None:
     with bench.placed("ram", "cpu"):
         bench.limit("ram", "bus", bus)
         bench.decode("ram", "captured", 32)
-        for way in ("eager", "captured") if torch.cuda.is_available() else ("eager",):
-            bench.prompt("ram", way)
+        bench.prompts("ram")
         bench.decode("ram", "eager", 16)
         bench.generate("ram")
 
@@ -365,8 +369,7 @@ def peers(journal: Journal, options: argparse.Namespace) -> None:
 def quantized(journal: Journal, options: argparse.Namespace, folder: Path) -> None:
     bench = Bench(journal, options, "nf4", folder)
     bench.decode("resident", "captured", 32)
-    for way in ("eager", "captured") if torch.cuda.is_available() else ("eager",):
-        bench.prompt("resident", way)
+    bench.prompts("resident")
     for part, measure in (("nf4", nf4), ("disk", on_disk), ("half", half)):
         if part in options.only:
             journal.attempt(part, lambda measure=measure: measure(bench), 10.0)  # type: ignore[misc]

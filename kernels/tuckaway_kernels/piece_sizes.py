@@ -43,6 +43,11 @@ def rows_at_once(cols: int, dtype: torch.dtype, device: torch.device, unit: int 
     return rows - rows % unit if rows >= unit else rows
 
 
+def decodes_ahead(m: int, rows: int, cols: int, device: torch.device) -> bool:
+    """Tell whether each piece but the first is decoded on another stream while the one before is multiplied."""
+    return device.type == "cuda" and m * rows * cols >= AHEAD_TERMS
+
+
 def rows_of_pieces(
     rows: int, cols: int, dtype: torch.dtype, device: torch.device, unit: int = 1, m: int = 1
 ) -> int:
@@ -57,21 +62,21 @@ def rows_of_pieces(
         m: rows of x.
     """
     most = rows_at_once(cols, dtype, device, unit)
-    if rows <= most and m * rows * cols < AHEAD_TERMS:
+    ahead = decodes_ahead(m, rows, cols, device)
+    if rows <= most and not ahead:
         return rows
     if device.type != "cuda" or m < _ROUNDS_MATTER:
         return min(most, rows)
-    return _least_rounds(rows, cols, most, math.lcm(_TILE[1], unit), m, processors(device))
+    return _least_rounds(rows, cols, most, math.lcm(_TILE[1], unit), m, ahead, processors(device))
 
 
 @lru_cache(maxsize=1024)
-def _least_rounds(rows: int, cols: int, most: int, unit: int, m: int, busy: int) -> int:
+def _least_rounds(rows: int, cols: int, most: int, unit: int, m: int, ahead: bool, busy: int) -> int:
     """Return the number of rows, ``most`` or less, with which the product is expected to be done first."""
 
     def rounds(columns: int) -> int:
         return -(-(-(-m // _TILE[0]) * -(-columns // _TILE[1])) // busy)
 
-    ahead = m * rows * cols >= AHEAD_TERMS
     round_us = _TILE[0] * _TILE[1] * cols / _TERMS_US
     best, least = min(most, rows), math.inf
     fewest = -(-rows // most)

@@ -14,7 +14,7 @@ from typing import Final
 
 import torch
 
-from tuckaway_kernels.piece_sizes import AHEAD_TERMS, rows_of_pieces
+from tuckaway_kernels.piece_sizes import decodes_ahead, rows_of_pieces
 
 CPU_TEMPORARY_BYTES: Final = 12 << 20
 """Of ``x`` cast to the dtype of the product, and the result before it is cast back, on a CPU."""
@@ -102,7 +102,7 @@ def _transposed(x: torch.Tensor, added: torch.Tensor | None, pieces: _Pieces) ->
     if weights is not None:
         return x @ weights.t() if added is None else torch.addmm(added, x, weights.t())
     result = torch.empty((x.shape[0], pieces.rows), dtype=x.dtype, device=x.device)
-    ahead = x.device.type == "cuda" and x.numel() * pieces.rows >= AHEAD_TERMS
+    ahead = decodes_ahead(x.shape[0], pieces.rows, x.shape[1], x.device)
     decoded = decoded_ahead if ahead else decoded_each
     for first, last, weights in decoded(pieces.decode, pieces.rows, pieces.step, pieces.buffer):
         part = result[:, first:last]

@@ -8,13 +8,12 @@ import torch
 
 from tuckaway_kernels.codebooks import dynamic_map
 from tuckaway_kernels.launching import Launch, overlaps
-from tuckaway_kernels.linear_4bit.wgmma_launch import order_turns, wgmma
+from tuckaway_kernels.linear_4bit.wgmma_launch import ROW_TILE, order_turns, wgmma
 from tuckaway_kernels.nested_scales.launch import dequantize_launch
 from tuckaway_kernels.plans import OUT, SETTLED, Plan, Room, X
 from tuckaway_kernels.selection import Choice
 
 _COMBINE_TILE = 512
-_ROW_TILE = 8192
 
 CODES, SCALES, NESTED, OFFSET, DYNAMIC, BIAS = range(SETTLED, SETTLED + 6)
 """Operands of the plans, in the order of `settled_tensors`."""
@@ -192,7 +191,7 @@ def _order(choice: Choice, m: int, cols: int, overlap: bool) -> Launch:
     from tuckaway_kernels.linear_4bit.fragments import order_rows_kernel
 
     share = _share(choice, cols) * 64 * choice.blocks * (choice.warps // choice.across)
-    columns = min(1 << (share - 1).bit_length(), _ROW_TILE)
+    columns = min(1 << (share - 1).bit_length(), ROW_TILE)
     return Launch(
         order_rows_kernel,
         (-(-m // choice.tile_m) * choice.tile_m, choice.split, 1),

@@ -11,7 +11,7 @@ next step is decoded, and the codes of the next turn are on their way. Weights a
 power of two for each row of S that brings its largest scale to 2**13..2**14 (found by each program for its own columns,
 before x is there); so are the rows of x, to 4..8. One fp32 accumulator does for all columns.
 
-8192x8192 nf4 on an H100, m = 64 / 128 / 512: 39 / 55 / 108 to 111 us; by warp-level tensor core instructions
+8192x8192 nf4 on an H100, m = 64 / 128 / 512: 39 / 55 / 111 us; by warp-level tensor core instructions
 (`fragments`) 49 / 84 us, by decoding first 152. With weights decoded once, and wrong, it would be 23 us at m = 64 and
 88 at 512, which is cuBLAS' rate; with codes that are always in the first-level cache 33 and 97.
 
@@ -72,15 +72,15 @@ def decode_assembly(fp4):
 
 
 @gluon.constexpr_function
-def layout_of(warps, columns, shape):
-    """[16 * warps, shape]: lanes t of four take ``columns`` neighbours each, of rows g and g + 8 of their warp's 16."""
+def layout_of(warps, columns):
+    """[16 * warps, 4 * columns]: a lane of four takes ``columns`` neighbours, of rows g and g + 8 of its warp's 16."""
     bits = columns.bit_length() - 1
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 1 << i] for i in range(bits)] + [[8, 0]],
         lane_bases=[[0, columns], [0, 2 * columns], [1, 0], [2, 0], [4, 0]],
         warp_bases=[[16 << i, 0] for i in range(warps.bit_length() - 1)],
         block_bases=[],
-        shape=[16 * warps, shape],
+        shape=[16 * warps, 4 * columns],
     )
 
 
@@ -128,7 +128,7 @@ def row_powers(start, begin, end, WARPS: gl.constexpr):
 
     There fp16 has 28 powers of two below it before it loses bits. start: where the rows' scales begin.
     """
-    WIDE: gl.constexpr = layout_of(WARPS, 8, 32)
+    WIDE: gl.constexpr = layout_of(WARPS, 8)
     rows = gl.convert_layout(start, gl.SliceLayout(1, WIDE))[:, None]
     block = gl.arange(0, 32, gl.SliceLayout(0, WIDE))[None, :]
     largest = gl.zeros([16 * WARPS, 32], gl.float32, WIDE)
@@ -186,9 +186,9 @@ def wgmma_kernel(
     BLOCKSIZE, which is 64 or more.
     """
     ROWS: gl.constexpr = 16 * WARPS
-    TURN: gl.constexpr = layout_of(WARPS, 4, 16)
-    WORDS: gl.constexpr = layout_of(WARPS, 2, 8)
-    SCALES: gl.constexpr = layout_of(WARPS, 1, 4)
+    TURN: gl.constexpr = layout_of(WARPS, 4)
+    WORDS: gl.constexpr = layout_of(WARPS, 2)
+    SCALES: gl.constexpr = layout_of(WARPS, 1)
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, M, 16]
     )

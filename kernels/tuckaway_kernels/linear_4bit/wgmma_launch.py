@@ -7,14 +7,15 @@ from functools import partial
 from tuckaway_kernels.launching import Launch
 from tuckaway_kernels.selection import Choice
 
-_ROW_TILE = 8192
+ROW_TILE = 8192
+"""Columns of x that a program which orders them loads at once, at the most."""
 
 
 def order_turns(choice: Choice, m: int, cols: int, overlap: bool) -> Launch:
     """Return the launch that puts x in order, its rows' powers of two taken out."""
     from tuckaway_kernels.linear_4bit.wgmma import order_turns_kernel
 
-    columns = min(1 << (cols - 1).bit_length(), _ROW_TILE)
+    columns = min(1 << (cols - 1).bit_length(), ROW_TILE)
     return Launch(
         order_turns_kernel,
         (-(-m // choice.tile_m) * choice.tile_m, 1, 1),

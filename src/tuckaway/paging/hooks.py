@@ -143,7 +143,7 @@ class PageHook(AlignDevicesHook):  # type: ignore[misc]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
-            # before torch 2.12 a compiler takes is_exporting() for true whenever it traces
+            # the compiler of torch 2.11 takes is_exporting() for true whenever it traces
             exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
             if self.pages and exporting:
                 raise PagingError(
