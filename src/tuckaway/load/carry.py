@@ -19,11 +19,11 @@ from tuckaway.load.bind import bind_kept, bind_resident, cast_kept, restoration
 from tuckaway.load.fill import fill, fill_from_tensors
 from tuckaway.load.match import Feed, Match
 from tuckaway.load.place import Destination, InPage, OnDevice, OnDisk
+from tuckaway.load.room import make_room
 from tuckaway.load.state_hooks import set_extra_states
 from tuckaway.paging import PageHomes, PagePlan, attach, materialize, paging_of
-from tuckaway.plan import (
-    Plan,
-)
+from tuckaway.plan import Plan
+from tuckaway.plan.accounts import load_work_bytes
 from tuckaway.tensor import components_of
 
 __all__ = ["PIECE_BYTES", "carry_out", "fingerprint", "kept_on_disk", "named_state", "piece_bytes"]
@@ -100,6 +100,9 @@ def _read(
     feeds = match.feeds
     if homes is not None and homes.reusable:
         feeds = tuple(feed for feed in feeds if home_of(feed) != "disk")
+    staying = [(plan.resident[feed.names[0]], feed.spec) for feed in feeds if home_of(feed) is None]
+    paged = [feed.names[0] for feed in feeds if home_of(feed) is not None]
+    make_room(staying, load_work_bytes({feed.names[0]: feed.spec for feed in feeds}, paged))
     if checkpoint is not None:
         ring = Ring.towards(work_device, *plan.resident.values())
         fill(

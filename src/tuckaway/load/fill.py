@@ -12,6 +12,7 @@ from tuckaway.checkpoint import Progress, Request, Ring, stream
 from tuckaway.checkpoint.reader import read_tensor
 from tuckaway.errors import NonFiniteError
 from tuckaway.formats import Components
+from tuckaway.load.finite import NonFinite, counted
 from tuckaway.load.match import Feed
 from tuckaway.load.place import Destination, Streaming
 from tuckaway.load.scaled import SCALE, ScaledSink
@@ -28,7 +29,11 @@ class _Filling:
         self.streaming = destination if isinstance(destination, Streaming) else None
         self.components: Components = destination.open(feed.spec)
         for key, value in feed.values.items():
-            self.components[key].copy_(value)
+            if value.numel() == 1:
+                # the host knows the number: a copy of unpinned memory would wait for all copies before it
+                self.components[key].fill_(value.item())
+            else:
+                self.components[key].copy_(value)
         self.open = sum(component != SCALE for component in feed.entries)
 
     def sink(self, feed: Feed, component: str) -> Sink:
@@ -83,7 +88,7 @@ def fill(
             owner[entry.name] = (feed, component)
             requests.append(Request(entry, *_piece_rules(feed)))
     fillings: dict[tuple[str, ...], _Filling] = {}
-    suspects: dict[str, int | torch.Tensor] = {}
+    suspects: dict[str, NonFinite] = {}
     sinks: dict[str, Sink] = {}
     # closed at once when a sink fails: the traceback would keep the file and the thread that reads ahead
     reading = stream(requests, piece_bytes=piece_bytes, progress=progress, ring=ring)
@@ -110,15 +115,11 @@ def fill(
     _refuse_non_finite(suspects, non_finite)
 
 
-def _refuse_non_finite(suspects: Mapping[str, int | torch.Tensor], policy: str) -> None:
+def _refuse_non_finite(suspects: Mapping[str, NonFinite], policy: str) -> None:
     """Complain of the weights with values that no block of weights can be scaled by."""
     if policy == "keep":
         return
-    on_device = [count for count in suspects.values() if isinstance(count, torch.Tensor)]
-    known = iter(torch.stack(on_device).tolist() if on_device else [])  # the accelerator is waited for once
-    counts = {
-        name: next(known) if isinstance(count, torch.Tensor) else count for name, count in suspects.items()
-    }
+    counts = counted(suspects)
     bad = [f"{name!r} ({count})" for name, count in counts.items() if count]
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
@@ -153,7 +154,7 @@ def fill_from_tensors(
     Raises:
         NonFiniteError: as by :func:`fill`.
     """
-    suspects: dict[str, int | torch.Tensor] = {}
+    suspects: dict[str, NonFinite] = {}
     with torch.no_grad():
         for feed in feeds:
             destination = destination_of(feed)

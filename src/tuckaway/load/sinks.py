@@ -13,9 +13,10 @@ import torch
 from typing_extensions import override
 
 from tuckaway.formats import Components, Emit, PieceQuantizer, format_of
+from tuckaway.load.finite import NonFinite
 from tuckaway.tensor import TensorSpec
 
-__all__ = ["CopySink", "PlainSink", "QuantizeSink", "Sink", "TransposedSink", "count_non_finite", "sink_for"]
+__all__ = ["CopySink", "PlainSink", "QuantizeSink", "Sink", "TransposedSink", "sink_for"]
 
 _HALF_LIMIT = 65520.0
 """From here on a value is infinite in fp16, which int8 rows are cast to first."""
@@ -94,15 +95,14 @@ class QuantizeSink(Sink):
         self.align = align
         self.dtype = dtype
         self.device = device
-        self.limit = math.inf
-        self.non_finite: int | torch.Tensor = 0  # values so far that are NaN, or not below the limit
+        self.non_finite = NonFinite()
 
     @override
     def write(self, start: int, piece: torch.Tensor) -> None:
         if self.device != piece.device:
             piece = piece.to(self.device, non_blocking=True)
         piece = piece.to(self.dtype)
-        self.non_finite = self.non_finite + count_non_finite(piece, self.limit)
+        self.non_finite.add(piece)
         self.quantizer.write(start, piece)
 
     @override
@@ -133,7 +133,7 @@ class TransposedSink(QuantizeSink):
     def write(self, start: int, piece: torch.Tensor) -> None:
         if self.device != piece.device:
             piece = piece.to(self.device, non_blocking=True)
-        self.non_finite = self.non_finite + count_non_finite(piece.to(self.dtype), self.limit)
+        self.non_finite.add(piece.to(self.dtype))
         source = piece.view(-1, *self.shape[-2:])
         _, cols, rows = source.shape  # the source is [cols, rows], the stored tensor [rows, cols]
         step = strip_rows(rows, cols, self.align)
@@ -145,22 +145,6 @@ class TransposedSink(QuantizeSink):
             for row in range(0, rows, step):
                 strip = matrix[:, row : row + step].t().to(self.dtype).contiguous()
                 self.quantizer.write((index * rows + row) * cols, strip.view(-1))
-
-
-def count_non_finite(piece: torch.Tensor, limit: float = math.inf) -> int | torch.Tensor:
-    """Return how many values are NaN, or not below ``limit``; on an accelerator as a tensor, unwaited for.
-
-    On the CPU one pass over the smallest and largest value tells that there are none: 0.1 s a GB, beside seconds of
-    quantization.
-    """
-    if not piece.numel() or not piece.dtype.is_floating_point:
-        return 0
-    if piece.device.type != "cpu":
-        return piece.numel() - (piece.abs() < limit).sum()
-    low, high = torch.aminmax(piece)
-    if -limit < float(low) and float(high) < limit:  # false for NaN
-        return 0
-    return piece.numel() - int((piece.abs() < limit).sum())
 
 
 def strip_rows(rows: int, cols: int, align: int) -> int:
@@ -190,5 +174,5 @@ def sink_for(spec: TensorSpec, components: Components, emit: Emit | None = None)
         else QuantizeSink(quantizer, align, spec.dtype, device)
     )
     if layout.format == "int8":
-        sink.limit = _HALF_LIMIT
+        sink.non_finite = NonFinite(_HALF_LIMIT)
     return sink

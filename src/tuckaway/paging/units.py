@@ -90,11 +90,15 @@ class PagePlan:
         """Size of one slot: the largest page that takes turns."""
         return max((page.layout.nbytes for page in self.pages if not page.outer), default=0)
 
-    def device_nbytes(self, slots: int = 2) -> int:
-        """Bytes on the execution device that paging takes: the slots, and the pages with a place of their own."""
-        own = sum(page.layout.nbytes for page in self.pages if page.outer)
+    def device_allocations(self, slots: int = 2) -> list[int]:
+        """Bytes of each slot on the execution device, and of each page that has a place of its own there."""
+        own = [page.layout.nbytes for page in self.pages if page.outer]
         turning = sum(1 for page in self.pages if not page.outer)
-        return own + min(slots, turning) * self.slot_nbytes
+        return own + [self.slot_nbytes] * min(slots, turning)
+
+    def device_nbytes(self, slots: int = 2) -> int:
+        """Bytes on the execution device that paging takes."""
+        return sum(self.device_allocations(slots))
 
 
 def plan_pages(

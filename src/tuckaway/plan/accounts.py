@@ -2,8 +2,8 @@
 
 Whoever needs a number of these (the planner, the search for a map, the loader's check of a plan, the demo's budget)
 asks here; nobody else adds up weights, slots, the ring and what loading takes. Pages, slots and paddings are asked of
-paging itself, so that the numbers are those that are allocated at run time. Resident tensors on an accelerator are
-rounded up as torch's allocator rounds them.
+paging itself, so that the numbers are those that are allocated at run time. On an accelerator what torch's allocator
+adds (:mod:`tuckaway.plan.allocator`) is counted as padding.
 """
 
 from __future__ import annotations
@@ -18,17 +18,14 @@ from torch import nn
 
 from tuckaway.checkpoint import PIECE_BYTES, Ring
 from tuckaway.paging.homes import kept_pages
-from tuckaway.paging.page import aligned
 from tuckaway.paging.transfer import bounce_nbytes
 from tuckaway.paging.units import PagePlan, plan_pages
+from tuckaway.plan.allocator import UNSPLIT, large_bytes, rounding_bytes, slack_bytes
 from tuckaway.plan.device_map import OFFLOADED, main_device_of, normalized
 from tuckaway.plan.memory import Device
 from tuckaway.tensor import TensorSpec
 
 __all__ = ["Accounts", "DeviceMemory", "account", "host_ring_bytes", "load_work_bytes"]
-
-ALLOCATION = 512
-"""Bytes that torch's allocators of accelerators round every tensor up to."""
 
 _PIECES = {False: 2, True: 4}
 """Pieces on the device at once: as read and as cast; to be quantized, also codes, scales and strips in fp32."""
@@ -167,10 +164,16 @@ def account(
     }
     weights: dict[Device, int] = defaultdict(int)
     padding: dict[Device, int] = defaultdict(int)
+    large: dict[Device, int] = defaultdict(int)
     for name, place in places.items():
         weights[place] += specs[name].nbytes
         if place not in OFFLOADED:
-            padding[place] += _rounding(specs[name])
+            padding[place] += rounding_bytes(specs[name])
+            large[place] += large_bytes(specs[name])
+    for place, nbytes in large.items():
+        padding[place] += (
+            UNSPLIT if nbytes else 0
+        )  # they are cut out of one block, and the last may get its rest
     for page in pages.pages:
         padding[page.home] += page.layout.extent - sum(specs[name].nbytes for name in page.tensors)
     loading = load_work_bytes(specs, [name for name, place in places.items() if place in OFFLOADED])
@@ -185,10 +188,10 @@ def account(
         )
         for device in dict.fromkeys([chosen, *places.values(), *reserve])
     }
-    turns = pages.device_nbytes(slots)
+    turns = pages.device_allocations(slots)
     if chosen not in OFFLOADED:
-        turns += ALLOCATION * (slots + sum(page.outer for page in pages.pages)) if turns else 0
-    found[chosen] = replace(found[chosen], slots_bytes=turns)
+        turns = [nbytes + slack_bytes(nbytes) for nbytes in turns]
+    found[chosen] = replace(found[chosen], slots_bytes=sum(turns))
     cached = kept_pages(pages.homed("disk"), disk_cache_bytes)
     found["cpu"] = replace(
         found.get("cpu", DeviceMemory("cpu")),
@@ -225,11 +228,6 @@ def load_work_bytes(specs: Mapping[str, TensorSpec], paged: Iterable[str] = ()) 
         scales = 4 * math.prod(parts["absmax"][0]) if "nested_absmax" in parts else 0
         most = max(most, pieces + whole + scales + (spec.nbytes if name in away else 0))
     return most
-
-
-def _rounding(spec: TensorSpec) -> int:
-    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in spec.components().values()]
-    return sum(aligned(size, ALLOCATION) - size for size in sizes)
 
 
 def _stand_in(place: Device) -> torch.device:
