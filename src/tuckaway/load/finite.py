@@ -11,6 +11,10 @@ import torch
 __all__ = ["NonFinite", "counted"]
 
 
+_EXACT = 2**24
+"""Ones that add up exactly in fp32."""
+
+
 class NonFinite:
     """Counts the values of one weight that are NaN, or not below a limit, piece by piece.
 
@@ -45,7 +49,9 @@ class NonFinite:
             if -self.limit < float(low) and float(high) < self.limit:  # false for NaN
                 return
         self._known += piece.numel()
-        self._below.append((piece.abs() < self.limit).sum())
+        # ones and zeros in place of the values: a sum of booleans would first make integers of 8 bytes of them
+        below = piece.abs().lt_(self.limit)
+        self._below.extend(part.sum(dtype=torch.float32) for part in below.view(-1).split(_EXACT))
 
 
 def counted(weights: Mapping[str, NonFinite]) -> dict[str, int]:
@@ -58,5 +64,5 @@ def counted(weights: Mapping[str, NonFinite]) -> dict[str, int]:
     for counts in by_device.values():
         numbers = torch.stack([below for _, below in counts]).tolist()
         for (name, _), number in zip(counts, numbers, strict=True):
-            totals[name] -= number
+            totals[name] -= int(number)
     return totals
