@@ -10,9 +10,9 @@ most wanted first.
 
 ``first_seconds``: the first load of a process, kernels not yet loaded. ``watched_seconds``: a second one, the ring
 pinned anew, its memory watched. ``seconds``: the median of three more. ``host_bytes``: the peak of private resident
-memory above what it was before; ``device_bytes``: the peak on the device above the final weights. Warm: the files are
-in the page cache. Cold: their pages were dropped from it. Without a GPU only what runs on a CPU is measured;
-``--miniature`` takes small checkpoints.
+memory above what it was before; ``device_bytes``: the peak on the device above the final weights; ``reserved_bytes``:
+what torch had asked the driver for at the most. Warm: the files are in the page cache. Cold: their pages were dropped
+from it. Without a GPU only what runs on a CPU is measured; ``--miniature`` takes small checkpoints.
 """
 
 from __future__ import annotations
@@ -172,6 +172,7 @@ def watched_load(build: Callable[[bool], Any], folder: Path, config: Any, small:
         torch.cuda.empty_cache()
         torch._C._host_emptyCache()
         torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     with PeakHost() as host:
         began = time.perf_counter()
         model = tuckaway.load_and_quantize_model(model, config, weights_location=folder, progress=False)
@@ -182,7 +183,8 @@ def watched_load(build: Callable[[bool], Any], folder: Path, config: Any, small:
     result["host_bytes"] = host.peak - host.start - (0 if GPU else final)
     if GPU:
         result["device_bytes"] = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
-        result["on_device_bytes"] = torch.cuda.memory_allocated()
+        result["on_device_bytes"] = torch.cuda.memory_allocated() - held[0]
+        result["reserved_bytes"] = torch.cuda.max_memory_reserved() - held[1]
     return result
 
 
@@ -334,6 +336,7 @@ def peer(load: Callable[[], Any]) -> dict[str, Any]:
     if GPU:
         result["device_bytes"] = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
         result["on_device_bytes"] = torch.cuda.memory_allocated()
+        result["reserved_bytes"] = torch.cuda.max_memory_reserved()
     del kept
     return result
 

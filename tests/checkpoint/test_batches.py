@@ -40,7 +40,8 @@ def a_file(draw: st.DrawFn) -> list[Request]:
         offset += draw(st.sampled_from([0, 1, 1000, 64 * KIB, 64 * KIB + 1]))
         one = entry(f"{number}", draw(st.integers(0, 3000)), offset, dtype)
         offset += one.nbytes
-        requests.append(Request(one, draw(st.sampled_from([1, 3, 64])), draw(st.booleans())))
+        align, widest = draw(st.sampled_from([1, 3, 64])), draw(st.sampled_from([0, 4]))
+        requests.append(Request(one, align, draw(st.booleans()), widest))
     return requests
 
 
@@ -56,7 +57,8 @@ def test_every_byte_once_in_order_where_it_may_be(requests, piece_bytes):
         for part in mine:
             assert part.start == start
             assert part.start % request.align == 0
-            assert part.nbytes <= max(piece_bytes, request.align * size) or request.whole
+            worked_on = part.nbytes // size * max(size, request.widest)
+            assert worked_on <= max(piece_bytes, request.align * max(size, request.widest)) or request.whole
             if part.nbytes:
                 assert part.offset == request.entry.offset + start * size
             start += part.nbytes // size

@@ -28,11 +28,13 @@ class Request:
         entry: where it lies.
         align: every piece starts at a multiple of this many elements, and but for the last ends at one.
         whole: it comes in one piece whatever its size.
+        widest: bytes that an element takes while it is worked on, if more than in the file: pieces are that much smaller.
     """
 
     entry: TensorEntry
     align: int = 1
     whole: bool = False
+    widest: int = 0
 
 
 @dataclass(slots=True)
@@ -110,7 +112,8 @@ def batches(requests: Sequence[Request], piece_bytes: int) -> Iterator[Batch]:
     for request in requests:
         entry = request.entry
         size, align = entry.dtype.itemsize, request.align
-        step = max(1, entry.numel) if request.whole else max(1, piece_bytes // size // align) * align
+        step = piece_bytes // max(size, request.widest)
+        step = max(1, entry.numel) if request.whole else max(1, step // align) * align
         start = 0
         while start < entry.numel or start == 0:
             count = min(step, entry.numel - start)

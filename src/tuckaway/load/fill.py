@@ -20,6 +20,9 @@ from tuckaway.load.sinks import CopySink, QuantizeSink, Sink, sink_for
 
 __all__ = ["fill", "fill_from_tensors"]
 
+_DECODED = 4
+"""Bytes of an 8-bit float that was multiplied by its scale: in pieces of codes, work would take 5 times the planned."""
+
 
 class _Filling:
     """One tensor on its way: its components, the sinks that fill them, and how many sinks are still open."""
@@ -86,7 +89,8 @@ def fill(
             if component == SCALE:
                 continue
             owner[entry.name] = (feed, component)
-            requests.append(Request(entry, *_piece_rules(feed)))
+            widest = _DECODED if entry.dtype.itemsize == 1 and not feed.quantized_already else 0
+            requests.append(Request(entry, *_piece_rules(feed), widest))
     fillings: dict[tuple[str, ...], _Filling] = {}
     suspects: dict[str, NonFinite] = {}
     sinks: dict[str, Sink] = {}

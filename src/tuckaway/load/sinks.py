@@ -133,18 +133,20 @@ class TransposedSink(QuantizeSink):
     def write(self, start: int, piece: torch.Tensor) -> None:
         if self.device != piece.device:
             piece = piece.to(self.device, non_blocking=True)
-        self.non_finite.add(piece.to(self.dtype))
         source = piece.view(-1, *self.shape[-2:])
         _, cols, rows = source.shape  # the source is [cols, rows], the stored tensor [rows, cols]
         step = strip_rows(rows, cols, self.align)
         if len(source) > 1 and rows * cols % self.align:
             # a block runs on into the next matrix
-            self.quantizer.write(0, source.transpose(1, 2).to(self.dtype).reshape(-1))
+            turned = source.transpose(1, 2).to(self.dtype).reshape(-1)
+            self.non_finite.add(turned)
+            self.quantizer.write(0, turned)
             return
         for index, matrix in enumerate(source):
             for row in range(0, rows, step):
-                strip = matrix[:, row : row + step].t().to(self.dtype).contiguous()
-                self.quantizer.write((index * rows + row) * cols, strip.view(-1))
+                strip = matrix[:, row : row + step].t().to(self.dtype).contiguous().view(-1)
+                self.non_finite.add(strip)
+                self.quantizer.write((index * rows + row) * cols, strip)
 
 
 def strip_rows(rows: int, cols: int, align: int) -> int:
