@@ -227,6 +227,7 @@ def ours_reload(folder: Path, small: bool) -> Iterator[dict[str, Any]]:
     from tuckaway.files import checksum, is_fast
 
     torch.zeros(1, device=DEVICE)
+    build_llama(small)  # importing transformers is no part of a conversion
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         target = Path(scratch) / "quantized"
         began = time.perf_counter()
@@ -304,7 +305,7 @@ def fastsafetensors(folder: Path, small: bool) -> Iterator[dict[str, Any]]:
     torch.zeros(1, device=DEVICE)
 
     def load() -> Any:
-        loader = SafeTensorsFileLoader(SingleGroup(), torch.device(DEVICE), nogds=True)
+        loader = SafeTensorsFileLoader(SingleGroup(), torch.device(DEVICE, 0), nogds=True)
         loader.add_filenames({0: [str(path) for path in shards_of(folder)]})
         return loader.copy_files_to_device()
 

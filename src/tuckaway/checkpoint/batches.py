@@ -28,7 +28,7 @@ class Request:
         entry: where it lies.
         align: every piece starts at a multiple of this many elements, and but for the last ends at one.
         whole: it comes in one piece whatever its size.
-        widest: bytes that an element takes while it is worked on, if more than in the file: pieces are that much smaller.
+        widest: bytes that an element takes while it is worked on, if more than in the file; pieces are smaller then.
     """
 
     entry: TensorEntry
