@@ -363,16 +363,6 @@ def test_a_page_that_cannot_be_read_is_read_again_at_the_next_step(tmp_path, mon
             assert torch.equal(step(), resident(x))
 
 
-@pytest.mark.skipif(torch.accelerator.device_count() < 2, reason="needs two accelerators")
-def test_two_accelerators_and_pages(tmp_path):
-    device_map = {"": 0, "blocks.2": 1, "blocks.3": 1, "blocks.4": "cpu", "blocks.5": "disk", "norm": 1}
-    resident, model = build().to("cuda"), paged(tmp_path, device_map)
-    x = tokens().to("cuda")
-    with torch.no_grad():
-        for _ in range(3):
-            assert torch.equal(model(x), resident(x))
-
-
 def test_copies_reach_the_bus(tmp_path):
     """12 pages of 34 MB with little to compute: at least half of what plain copies of the arena reach."""
     model = Net.__new__(Net)
