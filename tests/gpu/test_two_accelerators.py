@@ -81,20 +81,27 @@ def test_values_without_a_scale_are_found_on_both(checkpoint, tmp_path):
         tuckaway.load_and_quantize_model(empty(), "nf4", tmp_path / "broken", {**MAP, "3": 1, "4": 0})
 
 
-@pytest.mark.parametrize("name", ["auto", "balanced", "balanced_low_0", "sequential"])
-def test_named_maps_use_both(checkpoint, name):
+@pytest.mark.parametrize(
+    ("name", "budget", "used"),
+    [
+        ("auto", {0: "85MB", 1: "85MB"}, {0, 1}),
+        ("sequential", {0: "85MB", 1: "85MB"}, {0, 1}),
+        ("balanced", None, {0, 1}),
+        ("balanced_low_0", None, {1}),
+    ],
+)
+def test_named_maps(checkpoint, name, budget, used):
+    """85 MB are 70 for the load's pieces, and 15 for 22 MB of weights."""
     config = tuckaway.QuantizationConfig(format="nf4", quantize_head=True)
-    budget = {0: "64MB", 1: "64MB"} if name in ("auto", "sequential") else None
     one = tuckaway.load_and_quantize_model(empty(), config, checkpoint, {"": 0})
     two = tuckaway.load_and_quantize_model(empty(), config, checkpoint, name, max_memory=budget)
+    assert {parameter.device.index for parameter in two.parameters()} == used
     x = torch.randn(5, WIDTH, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
-        assert torch.equal(two(x), one(x).to(two(x).device))
-    if name != "auto" and name != "sequential":
-        assert {p.device.index for p in two.parameters()} == {0, 1}
+        assert torch.equal(two(x).to("cuda:0"), one(x))
 
 
-def test_brought_back_to_one(checkpoint, tmp_path):
+def test_pages_come_back_to_one_of_them(checkpoint, tmp_path):
     config = tuckaway.QuantizationConfig(format="nf4", quantize_head=True)
     model = tuckaway.load_and_quantize_model(
         empty(), config, checkpoint, MAP, offload_folder=tmp_path / "pages"
@@ -102,6 +109,8 @@ def test_brought_back_to_one(checkpoint, tmp_path):
     x = torch.randn(5, WIDTH, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         want = model(x)
-        model = tuckaway.materialize(model, "cuda:1")
-        assert {p.device.index for p in model.parameters()} == {1}
-        assert torch.equal(model(x.to("cuda:1")), want.to("cuda:1"))
+        model = tuckaway.materialize(model)
+        assert {model[int(name)].weight.device.index for name, place in MAP.items() if place != 1} == {0}
+        model = model.to("cuda:1")
+        assert {parameter.device.index for parameter in model.parameters()} == {1}
+        assert torch.equal(model(x.to("cuda:1")).to("cuda:0"), want)
