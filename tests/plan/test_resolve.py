@@ -8,7 +8,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from tuckaway.config import QuantizationConfig
 from tuckaway.empty import init_empty_weights
 from tuckaway.errors import PlanError
-from tuckaway.plan import accounts, choose_specs, compute_module_sizes, place_of, resolve_device_map
+from tuckaway.plan import (
+    accounts,
+    choose_specs,
+    compute_module_sizes,
+    executing_device,
+    place_of,
+    resolve_device_map,
+)
 
 NF4 = QuantizationConfig()
 
@@ -174,6 +181,17 @@ def test_several_accelerators():
     assert set(found.values()) == {0, 1}
     found = resolve_device_map(model, specs, "balanced_low_0", max_memory={0: total, 1: total, 2: total})
     assert 0 not in found.values()
+
+
+def test_one_that_is_to_stay_empty_needs_no_reserve():
+    """All of it fits on the second one; what is kept free is kept free there."""
+    model, specs = planned()
+    total = sum(spec.nbytes for spec in specs.values()) + 2**28
+    limits = {0: total, 1: total}
+    found = resolve_device_map(model, specs, "balanced_low_0", max_memory=limits, reserve_bytes=2**20)
+    assert found == {"": 1}
+    assert executing_device("balanced_low_0", limits, placement=found) == 1
+    assert executing_device("balanced_low_0", limits, placement={"": "cpu"}) == 0  # to which all is paged
 
 
 def test_an_accelerator_with_no_budget_is_not_used():

@@ -121,7 +121,7 @@ def run(
     )
     check_devices(placement)
     if main_device is None and not isinstance(device_map, Mapping):
-        main_device = executing_device(device_map, max_memory)
+        main_device = executing_device(device_map, max_memory, placement=placement)
     executing = main_device_of(placement, main_device)
     if offload_folder is None and any(str(place) == "disk" for place in placement.values()):
         raise PlanError(

@@ -14,7 +14,7 @@ from tuckaway.errors import ConfigError, PlanError
 from tuckaway.formats import registered_formats
 from tuckaway.plan.accounts import account
 from tuckaway.plan.blocks import planned_blocks
-from tuckaway.plan.device_map import OFFLOADED, DeviceMap, Placement, class_names, main_device_of, normalized
+from tuckaway.plan.device_map import OFFLOADED, DeviceMap, Placement, class_names
 from tuckaway.plan.expect import TYPICAL, Expected
 from tuckaway.plan.machine import Speeds, known_speeds
 from tuckaway.plan.memory import Device, MaxMemory, budgets, format_bytes, parse_bytes
@@ -188,12 +188,7 @@ class _Request:
         dtype: torch.dtype | None,
     ) -> Plan:
         model = self.source.model
-        held = [place for place in device_map.values() if place not in OFFLOADED]
-        main = (
-            normalized(main_device_of(device_map))
-            if held
-            else executing_device(self.device_map, self.max_memory)
-        )
+        main = executing_device(self.device_map, self.max_memory, placement=device_map)
         ties = tied_groups(model)
         accounts = account(
             model,

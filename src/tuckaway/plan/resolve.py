@@ -94,22 +94,32 @@ def resolve_device_map(
         else getattr(model, "_no_split_modules", None)
     )
     limits, reserve = _budgets(max_memory, reserve_bytes)
-    # 0 bytes is how users say "not this one"; on the CPU of a machine without accelerators everything executes
-    limits = {d: n for d, n in limits.items() if n > 0 or not isinstance(d, int)}
+    limits = _without_empty(limits)
     overhead = _Overhead(model, specs, whole, offload_buffers, slots, disk_cache_bytes, reserve)
     if device_map != "sequential":
         limits = _balanced(model, specs, limits, whole, overhead, low_zero=device_map == "balanced_low_0")
+        limits = _without_empty(limits)  # one that is to stay empty needs no reserve either
     tree = Tree(model, tensor_sizes(model, specs))
     return clean_device_map(_fullest(tree, limits, overhead, whole).device_map)
 
 
 def executing_device(
-    device_map: Mapping[str, Placement] | Placement | None, max_memory: MaxMemory | None = None
+    device_map: Mapping[str, Placement] | Placement | None,
+    max_memory: MaxMemory | None = None,
+    *,
+    placement: Mapping[str, Placement] | None = None,
 ) -> Device:
     """Return what executes under a map: its first accelerator; of a named map, the first that has a budget.
 
     Without one, the CPU. A GPU executes even where nothing stays on it and all blocks are paged to it.
+
+    Args:
+        device_map: as it was asked for.
+        max_memory: bytes by device.
+        placement: what became of it, once that is known: the first accelerator that holds something executes.
     """
+    if placement is not None and any(normalized(place) not in OFFLOADED for place in placement.values()):
+        return normalized(main_device_of(placement))
     if isinstance(device_map, Mapping):
         return normalized(main_device_of(device_map))
     if device_map is None:
@@ -134,6 +144,11 @@ def _budgets(
     if max_memory is None:
         return limits, {device: limits[device] // 10 for device in accelerators}
     return limits, {}
+
+
+def _without_empty(limits: dict[Device, int]) -> dict[Device, int]:
+    """Leave out the accelerators that may take 0 bytes, which is how users, and balancing, say "not this one"."""
+    return {device: size for device, size in limits.items() if size > 0 or not isinstance(device, int)}
 
 
 def _balanced(
