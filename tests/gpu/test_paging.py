@@ -67,12 +67,13 @@ def test_forwards_on_several_streams(tmp_path):
 
 
 def test_memory_on_the_device_is_what_was_planned(tmp_path):
-    model = paged(tmp_path, MAPS["cpu"])
-    gc.collect()
-    torch.accelerator.synchronize()
-    before = torch.cuda.memory_allocated()
     x = tokens().to("cuda")
     with torch.no_grad():
+        build().to("cuda")(x)  # the matrix library's workspace comes with the first product of a process
+        model = paged(tmp_path, MAPS["cpu"])
+        gc.collect()
+        torch.accelerator.synchronize()
+        before = torch.cuda.memory_allocated()
         model(x)
     torch.accelerator.synchronize()
     paging = paging_of(model)
@@ -375,7 +376,7 @@ def test_copies_reach_the_bus(tmp_path):
     homes.pin()
     sources = [homes.arena.page(index) for index in range(12)]
     target = torch.empty_like(sources[0], device="cuda")
-    plain = _seconds(lambda: [target.copy_(s, non_blocking=True) for s in sources]) / plan.arena_nbytes
+    plain = min(_seconds(lambda: [target.copy_(s, non_blocking=True) for s in sources]) for _ in range(3))
     homes.close()
     model = page(model, {"": "cpu"}, execution_device=0)
     x = torch.zeros(1, 2048, device="cuda", dtype=torch.bfloat16)
@@ -385,9 +386,10 @@ def test_copies_reach_the_bus(tmp_path):
             for block in model.blocks:
                 block(x)
 
-    forward()
-    reached = _seconds(forward) / plan.arena_nbytes
-    assert reached < 2 * plain, f"{1e-9 / reached:.1f} of {1e-9 / plain:.1f} GB/s"
+    reached = min(_seconds(forward) for _ in range(5))  # others may be on the machine for a while
+    assert reached < 2 * plain, (
+        f"{plan.arena_nbytes / reached / 1e9:.1f} of {plan.arena_nbytes / plain / 1e9:.1f} GB/s"
+    )
 
 
 def _seconds(work, times=5):
