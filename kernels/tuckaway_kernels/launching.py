@@ -28,8 +28,11 @@ FIRST_ADDRESS: Final = 9
 
 @cache
 def has_ptx() -> bool:
-    """Tell whether kernels may contain inline PTX: on NVIDIA GPUs, not in the interpreter, not on ROCm or XPU."""
-    return torch.version.cuda is not None and not interpreting()
+    """Tell whether kernels may contain inline PTX: on NVIDIA GPUs, not in the interpreter, not on ROCm or XPU.
+
+    A build of torch for CUDA may be on a machine without one.
+    """
+    return torch.version.cuda is not None and torch.cuda.is_available() and not interpreting()
 
 
 @cache

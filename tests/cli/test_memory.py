@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import torch
 
 from tuckaway.cli.machine import conditions
@@ -19,6 +21,6 @@ def test_what_is_taken_is_seen() -> None:
 
 def test_conditions_say_what_a_figure_depends_on() -> None:
     found = conditions()
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"] == version("torch")
     assert found["threads"] == torch.get_num_threads()
     assert found["device"]

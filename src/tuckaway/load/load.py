@@ -14,9 +14,7 @@ from tuckaway.config import QuantizationConfig
 from tuckaway.errors import ConfigError
 from tuckaway.load.job import DeviceMap, run, with_preloaded
 from tuckaway.load.merging import Merge, Split
-from tuckaway.plan import (
-    Plan,
-)
+from tuckaway.plan import Plan
 
 __all__ = ["load_and_quantize_model", "load_checkpoint_and_dispatch"]
 

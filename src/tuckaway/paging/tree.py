@@ -148,7 +148,7 @@ def as_device(placement: Placement, execution: torch.device | None = None) -> to
     if placement == "disk":
         return execution or torch.device("cpu")
     if isinstance(placement, int):
-        accelerator = torch.accelerator.current_accelerator()
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
         if accelerator is None:
             raise PlanError(
                 f"the device map asks for accelerator {placement}, and there is none", hint="use 'cpu'"
@@ -157,7 +157,7 @@ def as_device(placement: Placement, execution: torch.device | None = None) -> to
     device = torch.device(placement)
     index: int | None = device.index
     if index is None and device.type not in ("cpu", "meta"):
-        accelerator = torch.accelerator.current_accelerator()
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
         if accelerator is not None and accelerator.type == device.type:
             return torch.device(device.type, torch.accelerator.current_device_index())
         return torch.device(device.type, 0)

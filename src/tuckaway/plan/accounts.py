@@ -144,7 +144,7 @@ def account(
         >>> specs, _ = choose_specs(model, None)
         >>> found = account(model, specs, {"0": 0, "1": "disk"})
         >>> found.devices[0].weights_bytes, found.devices[0].slots_bytes, found.devices["disk"].padding_bytes
-        (16640, 17664, 3840)
+        (16640, 17152, 3840)
     """
     executes = _stand_in(normalized(main_device_of(device_map)) if main is None else main)
     pages = plan_pages(
