@@ -164,16 +164,15 @@ def account(
     }
     weights: dict[Device, int] = defaultdict(int)
     padding: dict[Device, int] = defaultdict(int)
-    large: dict[Device, int] = defaultdict(int)
+    cut: set[Device] = set()
     for name, place in places.items():
         weights[place] += specs[name].nbytes
         if place not in OFFLOADED:
             padding[place] += rounding_bytes(specs[name])
-            large[place] += large_bytes(specs[name])
-    for place, nbytes in large.items():
-        padding[place] += (
-            UNSPLIT if nbytes else 0
-        )  # they are cut out of one block, and the last may get its rest
+            if large_bytes(specs[name]):
+                cut.add(place)
+    for place in cut:
+        padding[place] += UNSPLIT  # the last tensor that is cut out of the one block may get its rest
     for page in pages.pages:
         padding[page.home] += page.layout.extent - sum(specs[name].nbytes for name in page.tensors)
     loading = load_work_bytes(specs, [name for name, place in places.items() if place in OFFLOADED])
